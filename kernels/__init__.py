@@ -1,0 +1,1 @@
+"""Packed operations on token streams: a readable torch reference per operation."""

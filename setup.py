@@ -1,0 +1,37 @@
+"""Packaging of audiopress: the repository root *is* the package `audiopress` (see the layout in README.md)."""
+
+from setuptools import setup
+
+SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks")
+
+DEMO = ["gguf>=0.10", "matplotlib>=3.8", "tensorboard>=2.16", "rich>=13"]
+TEST = [*DEMO, "pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4"]
+BENCH = [*DEMO, "pandas>=2.1", "pycocoevalcap>=1.2"]
+
+setup(
+    name="audiopress",
+    version="0.1.0",
+    description="Pluggable audio-token compressors for Qwen2.5-Omni: train, time and compare them honestly.",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"audiopress": "."},
+    packages=["audiopress", *(f"audiopress.{name}" for name in SUBPACKAGES)],
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",  # the video processor of transformers resizes frames with it
+        "transformers>=5.17,<6",
+        "accelerate>=1.10",
+        "peft>=0.18",
+        "timm>=1.0.20",
+        "einops>=0.8",
+        "triton>=3.6; platform_system == 'Linux'",
+        "scipy>=1.12",
+        "av>=14",
+        "jiwer>=4",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "pyyaml>=6",
+        "pillow>=10",
+    ],
+    extras_require={"demo": DEMO, "test": TEST, "bench": BENCH},
+)
