@@ -1,0 +1,1 @@
+"""What comes out: metrics, timings and the tables made of them."""

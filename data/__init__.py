@@ -1,0 +1,1 @@
+"""What goes in: records (LongVALE, speech corpora), decoded audio and frames, and batches of them."""
