@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from .budget import check_keep_ratio, token_budget
 from .stream import TokenStream
 
 Stage = Literal["encoder", "connector", "joint", "llm"]
@@ -43,7 +44,13 @@ class CompressorConfig:
         keep_ratio: tokens out / tokens in, in (0, 1].
     """
 
+    # The options that set the rate: when the caller gives one of them, a preset's others give way.
+    rate_options: ClassVar[frozenset[str]] = frozenset({"keep_ratio"})
+
     keep_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_keep_ratio(self.keep_ratio)
 
     @classmethod
     def from_options(cls, method: str, options: Mapping[str, Any]) -> CompressorConfig:
@@ -58,6 +65,9 @@ class CompressorConfig:
 class Compressor(nn.Module):
     """Base class of all methods. A subclass fills in `config_class`, the class attributes and `compress`.
 
+    `trained` says of the class whether its default config must be trained to be of use, and of a compressor whether
+    it must itself.
+
     Args:
         config: of the class's `config_class`.
         hidden_size: D, the width of the LLM's embeddings.
@@ -68,7 +78,7 @@ class Compressor(nn.Module):
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     stage: ClassVar[Stage] = "connector"
-    trained: ClassVar[bool] = False
+    trained: bool = False
     query_aware: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -76,6 +86,9 @@ class Compressor(nn.Module):
 
     def __init__(self, config: CompressorConfig, hidden_size: int, encoder_size: int | None = None) -> None:
         super().__init__()
+        check_count("hidden_size", hidden_size)
+        if encoder_size is not None:
+            check_count("encoder_size", encoder_size)
         self.config = config
         self.hidden_size = hidden_size
         self.encoder_size = encoder_size
@@ -87,7 +100,7 @@ class Compressor(nn.Module):
 
     def budget(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Gives exactly how many tokens each clip of `lengths` tokens (25 per second) is reduced to."""
-        raise NotImplementedError
+        return token_budget(lengths, self.config.keep_ratio)
 
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Does the work for `forward`, which has checked the input."""
@@ -101,7 +114,7 @@ class Compressor(nn.Module):
             context: what `needs` names.
 
         Returns:
-            The same clips with `budget(lengths)` tokens each, in time order.
+            The same clips with `budget(lengths)` tokens each, in time order, in the dtype of the stream.
 
         Raises:
             ValueError: the width is not `hidden_size`, an embedding is not finite (the clip is named), or something
@@ -113,7 +126,9 @@ class Compressor(nn.Module):
         for need in sorted(self.needs):
             context.require(need, self.name)
         check_finite(stream, self.name)
-        return self.compress(stream, context)
+        out = self.compress(stream, context)
+        assert out.lengths == self.budget(stream.lengths), f"{self.name} missed its budget"
+        return out.replace(embeds=out.embeds.to(stream.embeds.dtype))
 
     def describe(self) -> dict[str, Any]:
         """Gives name, sizes and options: what `build` needs to make it again, and what a result row records."""
@@ -130,9 +145,21 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def check_finite(stream: TokenStream, method: str) -> None:
-    """Raises ValueError that names the first clip with a NaN or infinite embedding."""
+def check_choice(option: str, value: object, choices: Collection[object]) -> None:
+    """Raises ValueError that names the option and the choices unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_count(option: str, value: object, least: int = 1) -> None:
+    """Raises ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{option} must be a whole number >= {least}, got {value!r}")
+
+
+def check_finite(stream: TokenStream, method: str, what: str = "embeddings") -> None:
+    """Raises ValueError that names the first clip with a NaN or infinite value in its `what`."""
     finite: Tensor = stream.embeds.isfinite().all(dim=1)
     if not bool(finite.all()):
         clip = int(stream.clips[~finite][0])
-        raise ValueError(f"{method}: clip {clip} of {len(stream.lengths)} has NaN or infinite embeddings")
+        raise ValueError(f"{method}: clip {clip} of {len(stream.lengths)} has NaN or infinite {what}")

@@ -1,4 +1,4 @@
-"""How many tokens of each clip survive: the one rule every method follows."""
+"""How many tokens of each clip survive: one rule for methods with a free ratio, one for methods with fixed windows."""
 
 from __future__ import annotations
 
@@ -24,3 +24,18 @@ def token_budget(lengths: Sequence[int], keep_ratio: float) -> tuple[int, ...]:
     """
     check_keep_ratio(keep_ratio)
     return tuple(min(n, max(1, math.floor(n * keep_ratio + 0.5))) for n in lengths)
+
+
+def window_budget(
+    lengths: Sequence[int], window: int, frames_per_token: int = 1, tail: str = "keep"
+) -> tuple[int, ...]:
+    """Gives how many windows of `window` frames each clip holds, at least one (none of none).
+
+    Args:
+        lengths: tokens per clip.
+        window: frames per window.
+        frames_per_token: frames the window counts per token of the clip.
+        tail: "keep" counts an incomplete window at the clip's end, "drop" does not, unless it is the clip's only one.
+    """
+    spare = window - 1 if tail == "keep" else 0
+    return tuple(min(n, max(1, (n * frames_per_token + spare) // window)) for n in lengths)

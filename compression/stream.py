@@ -8,22 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..kernels import clip_ids, offsets, positions
 
-def clip_ids(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Gives the clip of every packed token, `[N]` int64: lengths (2, 0, 3) give 0 0 2 2 2."""
-    counts = torch.tensor(lengths, dtype=torch.long)
-    return torch.repeat_interleave(torch.arange(len(lengths)), counts).to(device)
-
-
-def offsets(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Gives where each clip starts, and the end of the last: `[C + 1]` int64, as flash attention's `cu_seqlens`."""
-    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0).to(device)
-
-
-def positions(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Gives every packed token's index inside its clip: `[N]` int64: lengths (2, 0, 3) give 0 1 0 1 2."""
-    starts = offsets(lengths)[:-1]
-    return (torch.arange(sum(lengths)) - starts[clip_ids(lengths)]).to(device)
+__all__ = ["TokenStream", "clip_ids", "offsets", "positions"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +75,13 @@ class TokenStream:
         return self.replace(
             embeds=self.embeds[index], lengths=tuple(lengths), slots=self.slots[index], sizes=self.sizes[index]
         )
+
+    def head(self, lengths: Sequence[int]) -> TokenStream:
+        """Keeps the first `lengths[c]` tokens of each clip."""
+        if tuple(lengths) == self.lengths:
+            return self
+        index = offsets(self.lengths)[clip_ids(lengths)] + positions(lengths)
+        return self.select(index.to(self.embeds.device), lengths)
 
     def split(self) -> list[TokenStream]:
         """Gives each clip as a stream of its own (without the losses, which belong to the whole)."""

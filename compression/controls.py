@@ -1,0 +1,86 @@
+"""The controls every table holds: keep everything, keep any tokens, keep every so many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ..kernels import clip_ids, offsets, positions
+from .base import Compressor, CompressorConfig, Context
+from .registry import register
+from .stream import TokenStream
+
+
+@dataclass(frozen=True)
+class NoneConfig(CompressorConfig):
+    """Takes `keep_ratio=1` only, so that nobody measures the uncompressed model under another name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_ratio != 1:
+            raise ValueError(f"none keeps every token: keep_ratio must be 1, got {self.keep_ratio}")
+
+
+@register("none")
+class Identity(Compressor):
+    """Returns the stream as it is."""
+
+    config_class: ClassVar[type[CompressorConfig]] = NoneConfig
+    summary = "every token, 25 per second"
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Returns the stream."""
+        return stream
+
+
+@dataclass(frozen=True)
+class HalfConfig(CompressorConfig):
+    """Keeps every second token unless told otherwise.
+
+    Args:
+        keep_ratio: tokens out / tokens in, in (0, 1].
+    """
+
+    keep_ratio: float = 0.5
+
+
+@register("random")
+class Random(Compressor):
+    """Keeps tokens drawn uniformly without replacement.
+
+    A clip's draw follows from `Context.seed` and the clip's own length, so that neither its place in the batch nor the
+    other clips change it: clips of one length keep the same places.
+    """
+
+    config_class: ClassVar[type[CompressorConfig]] = HalfConfig
+    summary = "a uniform draw without replacement"
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Draws on the CPU, so that every device keeps the same tokens."""
+        budget = self.budget(stream.lengths)
+        kept = [
+            np.sort(np.random.default_rng((context.seed, n)).choice(n, m, replace=False))
+            for n, m in zip(stream.lengths, budget, strict=True)
+        ]
+        inside = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *kept]))
+        index = offsets(stream.lengths)[clip_ids(budget)] + inside
+        return stream.select(index.to(stream.embeds.device), budget)
+
+
+@register("uniform-stride")
+class UniformStride(Compressor):
+    """Keeps the token in the middle of each of the budget's even windows: `floor((i + 1/2) * n / m)` for i < m."""
+
+    config_class: ClassVar[type[CompressorConfig]] = HalfConfig
+    summary = "evenly spaced tokens"
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Selects; in whole numbers, so that nothing depends on rounding."""
+        budget = self.budget(stream.lengths)
+        clips = clip_ids(budget)
+        n, m = (torch.tensor(x, dtype=torch.long)[clips] for x in (stream.lengths, budget))
+        index = offsets(stream.lengths)[clips] + (2 * positions(budget) + 1) * n // (2 * m)
+        return stream.select(index.to(stream.embeds.device), budget)
