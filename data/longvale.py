@@ -272,10 +272,10 @@ def _media(name: str, video_dir: Path | str | None, audio_dir: Path | str | None
 
 
 def _check_folders(*folders: Path | str | None) -> None:
-    if not any(folders):
+    if all(folder is None for folder in folders):
         raise ValueError("there is no media: give video_dir, audio_dir or both")
-    for folder in filter(None, folders):
-        if not Path(folder).is_dir():
+    for folder in folders:
+        if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"{folder} is not a folder; it must be the one with the media files")
 
 
