@@ -1,0 +1,87 @@
+"""Run the two towers and capture what a compressor asked for. Hooks are temporary and always removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compression import Context, TokenStream
+from . import parts
+from .layout import audio_lengths
+
+
+def _features(output: Any) -> Tensor:
+    """Gives one packed tensor of whatever form this release of transformers returns features in."""
+    pooled = getattr(output, "pooler_output", output)
+    if pooled is None:
+        pooled = output.last_hidden_state
+    return pooled if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+
+
+def encode_audio(
+    thinker: nn.Module, input_features: Tensor, feature_attention_mask: Tensor, needs: frozenset[str] = frozenset()
+) -> tuple[TokenStream, Context]:
+    """Runs the audio tower over all clips of a batch.
+
+    Args:
+        thinker: the model.
+        input_features: `[C, mel, T]` log-mel, 100 frames per second, right-padded.
+        feature_attention_mask: `[C, T]`, 1 at real frames.
+        needs: what to capture on the way, as a compressor's `needs`.
+
+    Returns:
+        The clips' tokens (25 per second, at the LLM's width) and the captured context.
+
+    Raises:
+        ValueError: a clip is too short to give a token, or the tower gives another number of tokens than its length
+            promises.
+    """
+    mel_frames = feature_attention_mask.sum(dim=1)
+    lengths = audio_lengths(mel_frames)
+    if 0 in lengths:
+        raise ValueError(f"audio clip {lengths.index(0)} of {len(lengths)} is too short: it needs 4 mel frames (40 ms)")
+    tower = parts.audio_tower(thinker)
+    context = Context()
+    with _last_hidden(tower, "encoder_hidden" in needs) as captured:
+        dtype = next(tower.parameters()).dtype
+        output = thinker.get_audio_features(
+            input_features.to(dtype), feature_attention_mask=feature_attention_mask, return_dict=True
+        )
+    # the tower's own pooled features; `pooler_output` where the release has it
+    stream = TokenStream(_features(output), tuple(lengths))
+    if captured:
+        hidden = tower.ln_post(captured[0])
+        context.encoder_hidden = TokenStream(hidden, tuple(((mel_frames - 1) // 2 + 1).tolist()))
+    return stream, context
+
+
+def encode_video(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    """Runs the vision tower over all videos of a batch: `[V, D]` tokens (T * H * W / 4 of each)."""
+    return _features(thinker.get_video_features(pixel_values, grid_thw, return_dict=True))
+
+
+def encode_image(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    """Runs the vision tower over all images of a batch: `[V, D]` tokens."""
+    return _features(thinker.get_image_features(pixel_values, grid_thw, return_dict=True))
+
+
+@contextmanager
+def _last_hidden(tower: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collects the output of the tower's last layer, `[N, D_enc]` at 50 per second, while the block runs."""
+    captured: list[Tensor] = []
+    if not wanted:
+        yield captured
+        return
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        captured.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = tower.layers[-1].register_forward_hook(keep)
+    try:
+        yield captured
+    finally:
+        handle.remove()

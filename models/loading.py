@@ -1,0 +1,104 @@
+"""Open a base model or a saved variant, with its processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compression import Compressor, build
+from ..compression.registry import from_description
+from . import parts, storage
+from .omni import CompressedOmni
+
+OMNI_SMALL = "omni-small"
+
+
+def load(
+    name: str,
+    compressor: Compressor | str | None = None,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> tuple[CompressedOmni, Any]:
+    """Opens a model with a compressor in its slot, and its processor.
+
+    Args:
+        name: "omni-small" (real, 155 M parameters, assembled on first use), a path or hub name of a Qwen2.5-Omni
+            checkpoint (its thinker alone is read), or a directory of `save_pretrained`.
+        compressor: one built for the model's width, a method's name ("pooling", "stacking:slam-asr"), or None. A
+            saved directory brings its own.
+        base: for a saved directory, where its base model lies now. Default: where it lay.
+        dtype: of the weights. Default: bfloat16 on a GPU, float32 on a CPU.
+        device: Default: the GPU if there is one.
+        options: of the compressor named, as `keep_ratio=0.5`.
+
+    Raises:
+        ValueError: an unknown method or option, a damaged directory, or a base other than the saved variant's.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    weight_dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    saved = (Path(name) / storage.MANIFEST).is_file()
+    if saved and (compressor is not None or options):
+        raise ValueError(f"{name} is a saved variant with its own compressor; give none")
+    if not isinstance(compressor, str) and options:
+        raise ValueError(f"options {', '.join(options)} go with a compressor's name, got {compressor!r}")
+    if not saved:
+        thinker, processor = load_base(name, weight_dtype)
+        if isinstance(compressor, str):
+            compressor = build_for(thinker, compressor, **options)
+        model = CompressedOmni(thinker, compressor, base=name)
+        return model.to(place).eval(), processor
+
+    manifest = storage.read_manifest(name)
+    thinker, processor = load_base(base or manifest["base"]["name"], weight_dtype)
+    storage.check_base(manifest["base"], thinker, name)
+    method = None if manifest["compressor"] is None else from_description(manifest["compressor"])
+    model = CompressedOmni(thinker, method, base=base or manifest["base"]["name"], positions=manifest["positions"])
+    if manifest["adapter"] is not None:
+        model.add_adapter(**manifest["adapter"])
+    if manifest["ctc"]:
+        model.add_ctc(0.0)
+    model.trains_projector = manifest["projector"]
+    storage.load_weights(model, name, manifest)
+    return model.requires_grad_(False).to(place).eval(), processor
+
+
+def build_for(thinker: nn.Module, method: str, **options: Any) -> Compressor:
+    """Builds a compressor of the widths of a thinker's LLM and audio tower."""
+    return build(
+        method,
+        hidden_size=thinker.get_input_embeddings().embedding_dim,
+        encoder_size=parts.audio_tower(thinker).config.d_model,
+        **options,
+    )
+
+
+def load_base(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Opens "omni-small", or a Qwen2.5-Omni checkpoint's thinker (no talker, no token2wav), and its processor.
+
+    Raises:
+        ValueError: the path or hub name holds no Qwen2.5-Omni checkpoint.
+    """
+    if name == OMNI_SMALL:
+        from .omni_small import build_omni_small
+
+        thinker, processor = build_omni_small()
+        return thinker.to(dtype), processor
+
+    from transformers import AutoConfig, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r} is neither 'omni-small', nor a saved variant, nor a Qwen2.5-Omni checkpoint: {error}"
+        ) from error
+    if not config.model_type.startswith("qwen2_5_omni"):
+        raise ValueError(f"model {name!r} is a {config.model_type}, not a Qwen2.5-Omni checkpoint")
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    return thinker, Qwen2_5OmniProcessor.from_pretrained(name)

@@ -1,0 +1,36 @@
+"""Where the parts of a Qwen2.5-Omni thinker live: the one place that knows, since module paths move between releases."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# Class names are stable from transformers 5.17 on; attribute paths are not.
+AUDIO_TOWER = "Qwen2_5OmniAudioEncoder"
+VISION_TOWER = "Qwen2_5OmniVisionEncoder"
+LANGUAGE_MODEL = "Qwen2_5OmniThinkerTextModel"
+
+# q, k, v, o, up and down of every layer. The adapter is added to the LLM itself, so that its names are the same in all
+# releases, and the towers, whose layers have parts of the same names, are out of reach.
+LORA_TARGETS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(up|down)_proj)"
+
+
+def find(thinker: nn.Module, class_name: str) -> tuple[str, nn.Module]:
+    """Gives the path and the module of the one part whose class is `class_name`.
+
+    Raises:
+        ValueError: `thinker` is no Qwen2.5-Omni thinker.
+    """
+    for path, module in thinker.named_modules():
+        if type(module).__name__ == class_name:
+            return path, module
+    raise ValueError(f"{type(thinker).__name__} has no {class_name}: it is not a Qwen2.5-Omni thinker")
+
+
+def audio_tower(thinker: nn.Module) -> nn.Module:
+    """Gives the audio encoder."""
+    return find(thinker, AUDIO_TOWER)[1]
+
+
+def language_model(thinker: nn.Module) -> nn.Module:
+    """Gives the LLM without its head."""
+    return find(thinker, LANGUAGE_MODEL)[1]

@@ -1,0 +1,30 @@
+"""What all tests share. Nothing here or in any test touches a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tiny import make_thinker
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skips GPU tests where there is no GPU, and slow ones unless asked for."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def thinker():
+    """Shared: tests that change it must take `fresh_thinker`."""
+    return make_thinker()
+
+
+@pytest.fixture
+def fresh_thinker():
+    """One thinker for one test."""
+    return make_thinker()
