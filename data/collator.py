@@ -1,4 +1,4 @@
-"""Records to batches: media decoded, placeholders expanded and interleaved by real time, labels on the answers alone."""
+"""Records to batches: media decoded, placeholders expanded and interleaved by real time, labels on answers."""
 
 from __future__ import annotations
 

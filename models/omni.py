@@ -224,10 +224,13 @@ class CompressedOmni(nn.Module):
         """Computes logits, or with labels the loss.
 
         Args:
-            input_ids: see `encode`, as `attention_mask`, `labels` and `media`.
+            input_ids: see `encode`.
+            attention_mask: see `encode`.
+            labels: see `encode`.
             logits_to_keep: without labels, compute logits for the last so many tokens alone; 0 for all.
             num_items_in_batch: what to divide summed losses by instead of this batch's labelled tokens (Trainer gives
                 the count over all accumulated batches and processes).
+            media: see `encode`.
 
         Raises:
             ValueError: no token of the batch is labelled, or an argument is unknown.
@@ -257,7 +260,8 @@ class CompressedOmni(nn.Module):
 
     def _ctc(self, inputs: LLMInputs, audio: TokenStream) -> Tensor:
         """Gives the summed CTC loss of every clip that is the only one of its sample, against that sample's labels."""
-        assert self.alignment is not None and inputs.labels is not None
+        assert self.alignment is not None
+        assert inputs.labels is not None
         special = torch.tensor(storage.eos_ids(self.thinker), device=inputs.labels.device)
         rows = [row[is_audio].unique().tolist() for row, is_audio in self._clips(inputs.layout)]
         targets = [inputs.labels.new_empty(0)] * len(audio.lengths)

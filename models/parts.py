@@ -1,4 +1,4 @@
-"""Where the parts of a Qwen2.5-Omni thinker live: the one place that knows, since module paths move between releases."""
+"""Where the parts of a Qwen2.5-Omni thinker live: the one place that knows, as paths move between releases."""
 
 from __future__ import annotations
 

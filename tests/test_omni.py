@@ -183,11 +183,11 @@ def test_hidden_states_are_captured_and_hooks_removed(thinker):
     model = CompressedOmni(thinker, build("stacking", hidden_size=32, encoder_size=24, source="hidden", k=4))
     batch = media_batch()
     before = hooks(thinker)
-    inputs, audio = model.encode(**batch)
+    _, audio = model.encode(**batch)
     assert audio.lengths == model.compressor.budget([51, 16, 82])
     assert hooks(thinker) == before
     batch["feature_attention_mask"][:, :] = 0
-    with pytest.raises(ValueError, match="too short|placeholders"):
+    with pytest.raises(ValueError, match="too short"):
         model.encode(**batch)
     assert hooks(thinker) == before
 
@@ -212,11 +212,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(fresh_thinker, che
     assert set(out.losses) == {"text", "ctc"}
     torch.testing.assert_close(out.loss, sum(out.losses.values()))
     out.loss.backward()
-    own = {
-        id(p)
-        for part in (*("compressor", "adapter", "projector"), "alignment")
-        for p in model.own_parameters(part).values()
-    }
+    own = {id(p) for part in storage.PARTS for p in model.own_parameters(part).values()}
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (id(parameter) in own), name
         if parameter.requires_grad:
@@ -310,7 +306,7 @@ def test_a_full_disk_while_saving_loses_nothing(tiny_base, tmp_path, monkeypatch
     assert torch.equal(CompressedOmni.from_pretrained(tmp_path, device="cpu")(**batch).logits, expected)
     with pytest.raises(ValueError, match="holds no saved audiopress model"):
         CompressedOmni.from_pretrained(tmp_path / "new", base="tiny", device="cpu")
-    assert not [f for f in tmp_path.rglob("*partial*")]
+    assert not list(tmp_path.rglob("*partial*"))
 
 
 def test_damage_is_noticed(tiny_base, tmp_path):
