@@ -1,0 +1,202 @@
+"""What every compressor promises, checked on every row of the case table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from audiopress import Context, TokenStream, available
+from audiopress.compression import from_description, markdown_table
+
+from .compression_cases import CASES, ENCODER_SIZE, HIDDEN_SIZE, Case, make_context, make_stream
+
+LENGTHS = (7, 0, 23, 1, 2, 13)
+FIELDS = ("embeds", "slots", "sizes")
+ROOT = Path(__file__).parents[1]
+
+every = pytest.mark.parametrize("case", CASES, ids=str)
+training_free = pytest.mark.parametrize("case", [c for c in CASES if not c.build().trained], ids=str)
+
+
+def run(case: Case, lengths=LENGTHS, **options) -> TokenStream:
+    return case.build(**options)(make_stream(lengths), make_context(lengths))
+
+
+def same(a: TokenStream, b: TokenStream) -> bool:
+    return a.lengths == b.lengths and all(torch.equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
+
+
+def test_every_method_and_preset_has_a_case():
+    methods = available()
+    presets = {f"{name}:{preset}" for name, info in methods.items() for preset in info.presets}
+    missing = (methods.keys() | presets) - {case.name for case in CASES}
+    assert not missing, f"add rows for {', '.join(sorted(missing))} to tests/compression_cases.py"
+
+
+def test_the_readme_has_the_table_of_methods():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("there is no README.md yet")
+    assert markdown_table() in readme.read_text(), "put audiopress.compression.markdown_table() into README.md"
+
+
+@every
+def test_declares_what_it_reads(case):
+    assert case.build().needs == case.needs
+
+
+@every
+@pytest.mark.parametrize("lengths", [(n,) for n in (0, 1, 2, 3, 5, 7, 31, 97, 750)] + [LENGTHS, (), (0, 0)])
+def test_budget_order_slots_and_sizes(case, lengths):
+    compressor = case.build()
+    out = compressor(make_stream(lengths), make_context(lengths))
+    assert out.lengths == compressor.budget(lengths)
+    assert out.slots.dtype == torch.int64
+    assert out.sizes.dtype == torch.float32
+    assert out.embeds.shape == (sum(out.lengths), HIDDEN_SIZE)
+    for n, clip in zip(lengths, out.split(), strict=True):
+        assert (clip.slots.diff() > 0).all()
+        assert ((clip.slots >= 0) & (clip.slots < n)).all()
+        assert (clip.sizes > 0).all()
+        assert (len(clip.slots) > 0) == (n > 0), "a clip must not vanish"
+        if case.covers:
+            assert clip.sizes.sum() == n
+        else:
+            assert clip.sizes.sum() <= n
+
+
+@every
+def test_keep_ratio_is_what_comes_out_of_a_long_clip(case):
+    compressor = case.build()
+    assert compressor.budget((3000,))[0] / 3000 == pytest.approx(compressor.config.keep_ratio, abs=1e-3)
+
+
+@every
+@pytest.mark.parametrize("clip", range(len(LENGTHS)))
+def test_other_clips_change_nothing(case, clip):
+    def mixed(stream: TokenStream, other: TokenStream) -> TokenStream:
+        parts = other.split()
+        parts[clip] = stream.split()[clip]
+        return stream.replace(embeds=torch.cat([part.embeds for part in parts]))
+
+    context, other = make_context(LENGTHS), make_context(LENGTHS, seed=9)
+    hidden = mixed(context.encoder_hidden, other.encoder_hidden)
+    out = case.build()(mixed(make_stream(LENGTHS), make_stream(LENGTHS, seed=9)), Context(hidden))
+    assert same(out.split()[clip], run(case).split()[clip])
+
+
+@every
+def test_batch_equals_singletons(case):
+    compressor, stream, context = case.build(), make_stream(LENGTHS), make_context(LENGTHS)
+    out = compressor(stream, context)
+    for batched, clip, hidden in zip(out.split(), stream.split(), context.encoder_hidden.split(), strict=True):
+        alone = compressor(clip, Context(hidden))
+        torch.testing.assert_close(batched.embeds, alone.embeds, rtol=1e-5, atol=1e-6)
+        assert same(batched.replace(embeds=alone.embeds), alone)
+        assert compressor.trained or same(batched, alone)
+
+
+@every
+def test_deterministic(case):
+    assert same(run(case), run(case))
+
+
+@training_free
+def test_identity_at_keep_ratio_one(case):
+    compressor = case.build()
+    options = {k: v for k, v in case.options.items() if k not in (*compressor.config.rate_options, "tail")}
+    whole = Case(compressor.name, options | {"keep_ratio": 1}).build()
+    assert same(whole(make_stream(LENGTHS), make_context(LENGTHS)), make_stream(LENGTHS))
+
+
+@every
+def test_gradients(case):
+    compressor, stream, context = case.build().train(), make_stream(LENGTHS), make_context(LENGTHS)
+    assert compressor.trained == any(p.requires_grad for p in compressor.parameters())
+    stream.embeds.requires_grad_(True)
+    context.encoder_hidden.embeds.requires_grad_(True)
+    out = compressor(stream, context).embeds
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    read = context.encoder_hidden.embeds if case.needs else stream.embeds
+    for name, tensor in [("input", read), *compressor.named_parameters()]:
+        assert tensor.grad is not None, name
+        assert tensor.grad.isfinite().all(), name
+        assert tensor.grad.any(), name
+
+
+@every
+def test_save_and_load(case):
+    first = case.build()
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.uniform_(-0.3, 0.3)
+    description = json.loads(json.dumps(first.describe()))
+    second = from_description(description).eval()
+    second.load_state_dict(first.state_dict())
+    stream, context = make_stream(LENGTHS), make_context(LENGTHS)
+    assert same(first(stream, context), second(stream, context))
+    assert second.describe() == first.describe()
+
+
+def in_bf16(stream: TokenStream) -> TokenStream:
+    return stream.replace(embeds=stream.embeds.bfloat16())
+
+
+@every
+def test_bf16_and_autocast(case):
+    stream, context, want = make_stream(LENGTHS), make_context(LENGTHS), run(case)
+    half = case.build().bfloat16()(in_bf16(stream), Context(in_bf16(context.encoder_hidden)))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = case.build()(stream, context)
+    assert (half.embeds.dtype, mixed.embeds.dtype) == (torch.bfloat16, torch.float32)
+    for out in (half, mixed):
+        torch.testing.assert_close(out.embeds.float(), want.embeds, rtol=0.05, atol=0.05)
+        assert torch.equal(out.slots, want.slots)
+
+
+@every
+def test_strided_input(case):
+    stream, context = make_stream(LENGTHS), make_context(LENGTHS)
+    hidden = context.encoder_hidden
+    strided = stream.replace(embeds=stream.embeds.T.contiguous().T)
+    context = Context(hidden.replace(embeds=hidden.embeds.T.contiguous().T))
+    assert not strided.embeds.is_contiguous()
+    torch.testing.assert_close(case.build()(strided, context).embeds, run(case).embeds)
+
+
+@every
+def test_clear_errors(case):
+    compressor, stream, context = case.build(), make_stream(LENGTHS), make_context(LENGTHS)
+    broken = stream.embeds.clone()
+    broken[30] = float("nan")  # 7 + 0 + 23 = 30: the only token of clip 3
+    with pytest.raises(ValueError, match=r"clip 3 of 6 has NaN"):
+        compressor(stream.replace(embeds=broken), context)
+    with pytest.raises(ValueError, match=f"built for width {HIDDEN_SIZE}, got 5"):
+        compressor(TokenStream(torch.zeros(4, 5), (4,)))
+    for need in case.needs:
+        with pytest.raises(ValueError, match=f"needs '{need}'"):
+            compressor(stream)
+    if "encoder_hidden" in case.needs:
+        hidden = context.encoder_hidden
+        short = TokenStream(torch.zeros(8, ENCODER_SIZE), (8,))
+        with pytest.raises(ValueError, match=r"must hold \[14, 0, 46, 2, 4, 26\] states .* got \[8\]"):
+            compressor(stream, Context(short))
+        with pytest.raises(ValueError, match=f"of width {ENCODER_SIZE} .* of width 3"):
+            compressor(stream, Context(hidden.replace(embeds=hidden.embeds[:, :3])))
+        with pytest.raises(ValueError, match="clip 0 of 6 has NaN or infinite encoder_hidden"):
+            compressor(stream, Context(hidden.replace(embeds=hidden.embeds / 0)))
+
+
+@pytest.mark.gpu
+@every
+def test_gpu_equals_cpu(case):
+    stream, context, want = make_stream(LENGTHS), make_context(LENGTHS), run(case)
+    stream, hidden = (s.replace(**{f: getattr(s, f).cuda() for f in FIELDS}) for s in (stream, context.encoder_hidden))
+    compressor = case.build().cuda()
+    out = compressor(stream, Context(hidden))
+    torch.testing.assert_close(out.embeds.cpu(), want.embeds, rtol=1e-3, atol=1e-3)
+    assert same(out.replace(embeds=want.embeds, slots=out.slots.cpu(), sizes=out.sizes.cpu()), want)
+    assert same(out, compressor(stream, Context(hidden)))
