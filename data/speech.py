@@ -130,6 +130,7 @@ def speech_records(
     Raises:
         FetchError: a package cannot be fetched, or is not in the cache with `download=False`.
     """
+    _check_split(split)
     records = []
     for language in languages:
         sounds, texts = speech_packages(language)
@@ -155,6 +156,7 @@ def folder_records(folder: Path | str, split: Split | None = None, min_words: in
     Raises:
         ValueError: there are no utterances, or a text has no audio.
     """
+    _check_split(split)
     folder, records = Path(folder), []
     for file in sorted(folder.rglob("*.txt")):
         text = file.read_text(encoding="utf-8-sig")
@@ -191,9 +193,12 @@ def _record(name: str, text: str, audio: Path, seconds: float | None) -> Record:
     return Record(name, (user(INSTRUCTION), assistant(text)), audio=audio, duration=seconds)
 
 
-def _select(records: list[Record], split: Split | None, min_words: int) -> list[Record]:
-    if split is not None and split not in get_args(Split):
+def _check_split(split: Split | None) -> None:
+    if split not in (None, *get_args(Split)):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+
+
+def _select(records: list[Record], split: Split | None, min_words: int) -> list[Record]:
     long_enough = [r for r in records if len(normalise(r.reference).split()) >= min_words]
     chosen = [r for r in long_enough if split is None or split_of(r.reference) == split]
     logger.info("%d of %d utterances are in %s with %d words or more", len(chosen), len(records), split, min_words)
