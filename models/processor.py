@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tokenizers import pre_tokenizers
+import json
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniProcessor,
@@ -58,21 +60,17 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, mel_bins: int) -> Qwen2_
     """Makes the processor.
 
     Args:
-        tokenizer: SmolLM2's, from its GGUF or from the hub; it is not changed.
+        tokenizer: SmolLM2's, from its GGUF or from the hub; only its vocabulary and merges are used.
         mel_bins: of the audio tower.
     """
     words = PreTrainedTokenizerFast(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
+        tokenizer_object=smollm2_backend(tokenizer),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",  # as in Qwen; not SmolLM2's <|im_end|>, which labels must be able to hold
         extra_special_tokens=SPECIAL_TOKENS,
         clean_up_tokenization_spaces=False,
-    )
-    # SmolLM2 splits every digit off first; transformers' GGUF reader leaves that step out
-    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(),
@@ -81,3 +79,18 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, mel_bins: int) -> Qwen2_
         tokenizer=words,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def smollm2_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Puts SmolLM2's steps around its vocabulary and merges: single digits, then bytes as in GPT-2.
+
+    Not taken from `tokenizer`, because transformers' GGUF readers leave the digits out and differ by release.
+    """
+    read = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = Tokenizer(models.BPE(vocab=read["model"]["vocab"], merges=[tuple(m) for m in read["model"]["merges"]]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t["content"], normalized=False) for t in read["added_tokens"]])
+    return backend
