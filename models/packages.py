@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -188,8 +187,9 @@ def _download_deb(package: Package, folder: Path) -> Path:
         log.warning("%s\nNow with package lists of its own, in %s", reason, own)
         for part in ("lists/partial", "cache/archives/partial"):
             (own / part).mkdir(parents=True, exist_ok=True)
-        for step in steps:
-            _run(step, package, folder, hint)
+        with FileLock(own / "lock"):
+            for step in steps:
+                _run(step, package, folder, hint)
     return _only(folder.glob("*.deb"), package)
 
 
@@ -238,10 +238,13 @@ def _unpack_wheel(archive: Path, files: Iterable[str], folder: Path) -> None:
 
 
 def _unpack_deb(archive: Path, files: Iterable[str], folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=archive.parent) as content:
-        # dpkg-deb knows every compression a .deb may use (xz, zstd); it is there wherever apt-get is
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=content, check=True)
-        content.seek(0)
-        with tarfile.open(fileobj=content) as tar:
-            members = [m for m in tar.getmembers() if _wanted(m.name.removeprefix("./"), files)]
-            tar.extractall(folder, members, filter="data")  # refuses members that would land outside
+    everything = archive.parent / "everything"
+    # dpkg-deb knows every compression a .deb may use, and is there wherever apt-get is
+    subprocess.run(["dpkg-deb", "--extract", str(archive), str(everything)], check=True)
+    for path in everything.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(everything.resolve()):
+            path.unlink()  # a link out of the package: not the package's data
+    for file in files:
+        if (everything / file).exists():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(everything / file, folder / file)
