@@ -5,7 +5,7 @@ from setuptools import setup
 SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks")
 
 DEMO = ["gguf>=0.10", "matplotlib>=3.8", "tensorboard>=2.16", "rich>=13"]
-TEST = [*DEMO, "pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4"]
+TEST = [*DEMO, "pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
 BENCH = [*DEMO, "pandas>=2.1", "pycocoevalcap>=1.2"]
 
 setup(
@@ -25,10 +25,14 @@ setup(
         "timm>=1.0.20",
         "einops>=0.8",
         "triton>=3.6; platform_system == 'Linux'",
+        "tokenizers>=0.23",
+        "jinja2>=3.1.4",  # the chat templates of transformers
+        "numpy>=1.26",
         "scipy>=1.12",
         "av>=14",
         "jiwer>=4",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
+        "filelock>=3.15",
         "tqdm>=4.66",
         "pyyaml>=6",
         "pillow>=10",
