@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -14,10 +17,12 @@ from torch.utils.data import Dataset
 from ..models.layout import AUDIO_TOKENS_PER_SECOND, audio_lengths
 from ..models.rewrite import IGNORE
 from .media import MediaError, read_audio, read_video
-from .records import Record
+from .records import Message, Record
 
 PATCH_PIXELS = 28 * 28  # one video token after the 2 x 2 merge of 14 x 14 patches
-PACKED = ("pixel_values_videos", "video_grid_thw", "video_second_per_grid", "video_seconds")
+END_OF_TURN = "<|im_end|>"
+VIDEO_FIELDS = ("pixel_values_videos", "video_grid_thw", "video_second_per_grid", "video_seconds")
+MOST_SKIPPED_IN_A_ROW = 100  # then it is not the records that are wrong, but the settings or a disk; a guess
 
 
 @dataclass
@@ -30,7 +35,8 @@ class Encoder:
         num_frames: sampled from a video, evenly from the first to the last.
         min_tokens: fewest video tokens of a pair of frames; a smaller picture is enlarged.
         max_tokens: most video tokens of a pair of frames; a larger picture is reduced, in its own proportions.
-        max_length: most tokens of a sequence as the LLM reads it; None for no limit.
+        max_length: most tokens of a sequence as the LLM reads it; None for no limit. In training, whole rounds of
+            question and answer are dropped from the end until it is kept.
         audio_budget: gives the audio tokens left of each clip, for `max_length`; a compressor's `budget`.
         max_seconds: cuts longer audio. By default audio beyond the feature extractor's limit is an error.
     """
@@ -43,6 +49,10 @@ class Encoder:
     audio_budget: Callable[[Sequence[int]], Sequence[int]] = tuple
     max_seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        # Says that `max_tokens` is the limit; transformers warns of another one, of thousands of frames, when unset.
+        self.processor.video_processor.cap_pixels_per_frame = False
+
     def __call__(self, record: Record, prompt_only: bool = False) -> dict[str, Any]:
         """Encodes one record.
 
@@ -51,64 +61,75 @@ class Encoder:
             prompt_only: leave out the last answer and end where the model is to answer.
 
         Returns:
-            `input_ids` `[L]`, `labels` `[L]` (-100 outside the answers), and of the media, where there are any,
-            `input_features` `[mel, T]`, `pixel_values_videos` `[patches, P]`, `video_grid_thw` `[3]`,
-            `video_second_per_grid` and `video_seconds` `[T]`.
+            `id`, `input_ids` `[L]`, unless `prompt_only` `labels` `[L]` (-100 outside the answers), and of the media,
+            where there are any, `input_features` `[mel, frames]`, `pixel_values_videos` `[patches, P]`,
+            `video_grid_thw` `[1, 3]`, `video_second_per_grid` `[1]` and `video_seconds` `[T]`.
 
         Raises:
             MediaError: a file cannot be used.
-            ValueError: the record is a query and `prompt_only` is false; or not even one round of it fits
-                `max_length`.
+            ValueError: the record is a query and `prompt_only` is false; its text holds a media placeholder; or its
+                first round, or the prompt, is longer than `max_length`.
         """
         if prompt_only:
             record = record.query()
         elif record.is_query:
             raise ValueError(f"record {record.id!r} ends with the user: there is no answer to learn")
+        self._check_text(record)
         sample: dict[str, Any] = {}
-        audio_tokens = self._encode_audio(record, sample) if record.audio is not None else 0
+        audio_tokens = 0 if record.audio is None else self._encode_audio(record.audio, sample)
         if record.video is not None:
-            self._encode_video(record, sample)
+            self._encode_video(record.video, sample)
         media = self._media_ids(audio_tokens, sample)
-        left = self.audio_budget([audio_tokens])[0] if audio_tokens else 0
+        dropped = audio_tokens - self.audio_budget([audio_tokens])[0] if audio_tokens else 0
         messages = list(record.messages)
         while True:
             ids, labels = self._tokenize(record, messages, media, prompt_only)
-            needed = len(ids) - audio_tokens + left
+            needed = len(ids) - dropped
             if self.max_length is None or needed <= self.max_length:
                 break
-            if len(messages) <= 2:  # the last labelled round is never dropped
-                raise ValueError(f"record {record.id!r} needs {needed} tokens; max_length is {self.max_length}")
+            if prompt_only or len(messages) == 2:  # a question is never dropped, nor the only answer to learn from
+                part = "prompt" if prompt_only else "first round"
+                raise ValueError(
+                    f"the {part} of record {record.id!r} needs {needed} tokens, max_length is {self.max_length}"
+                )
             messages = messages[:-2]
-        return {"id": record.id, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), **sample}
+        sample |= {"id": record.id, "input_ids": torch.tensor(ids)}
+        return sample if prompt_only else sample | {"labels": torch.tensor(labels)}
 
-    def _encode_audio(self, record: Record, sample: dict[str, Any]) -> int:
-        """Adds the log-mel features; gives the clip's number of tokens."""
+    def _check_text(self, record: Record) -> None:
+        for token in (self.processor.audio_token, self.processor.image_token, self.processor.video_token):
+            if any(token in message["content"] for message in record.messages):
+                raise ValueError(f"the text of record {record.id!r} contains {token}, the model's placeholder of media")
+
+    def _encode_audio(self, path: Path, sample: dict[str, Any]) -> int:
+        """Adds the log-mel features, those that the processor would give; gives the clip's number of tokens."""
         extractor = self.processor.feature_extractor
         rate = extractor.sampling_rate
-        limit = extractor.n_samples / rate
-        samples = read_audio(record.audio, rate, max_seconds=self.max_seconds, limit_seconds=limit)  # type: ignore[arg-type]
-        frames = len(samples) // extractor.hop_length
+        samples = read_audio(path, rate, max_seconds=self.max_seconds, limit_seconds=extractor.n_samples / rate)
+        frames = -(-len(samples) // extractor.hop_length)
         tokens = audio_lengths(torch.tensor([frames]))[0]
         if tokens < 1:
-            seconds = len(samples) / rate
-            raise MediaError(record.audio, f"{seconds:.3f} s of audio is too short: the encoder needs 0.04 s")  # type: ignore[arg-type]
-        features = extractor(samples, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt")
+            raise MediaError(path, f"{len(samples) / rate:.4f} s of audio is too short to give a token")
+        # The processor pads every clip with zeros to the extractor's limit; the frames of the clip see so many of them.
+        padded = np.pad(samples, (0, extractor.n_fft))
+        features = extractor(padded, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt")
         sample["input_features"] = features["input_features"][0, :, :frames]
         return tokens
 
-    def _encode_video(self, record: Record, sample: dict[str, Any]) -> None:
-        video = read_video(record.video, self.num_frames)  # type: ignore[arg-type]
-        encoded = self.processor.video_processor(
+    def _encode_video(self, path: Path, sample: dict[str, Any]) -> None:
+        processor = self.processor.video_processor
+        video = read_video(path, self.num_frames)
+        encoded = processor(
             videos=[video.frames],
             do_sample_frames=False,
             size={"shortest_edge": self.min_tokens * PATCH_PIXELS, "longest_edge": self.max_tokens * PATCH_PIXELS},
             return_tensors="pt",
         )
-        groups = int(encoded["video_grid_thw"][0, 0])
+        seconds = video.seconds[:: processor.temporal_patch_size].float()  # a pair is shown from its first frame on
         sample["pixel_values_videos"] = encoded["pixel_values_videos"]
-        sample["video_grid_thw"] = encoded["video_grid_thw"][0]
-        sample["video_second_per_grid"] = torch.tensor(video.duration / groups)
-        sample["video_seconds"] = video.seconds[:: len(video.seconds) // groups][:groups].float()
+        sample["video_grid_thw"] = encoded["video_grid_thw"]
+        sample["video_second_per_grid"] = torch.tensor([video.duration / len(seconds)])
+        sample["video_seconds"] = seconds
 
     def _media_ids(self, audio_tokens: int, sample: dict[str, Any]) -> dict[int, list[int]]:
         """Gives what each media placeholder of the chat template becomes."""
@@ -117,7 +138,7 @@ class Encoder:
         if "video_grid_thw" not in sample:
             return {audio: [audio] * audio_tokens}
         video = tokenizer.convert_tokens_to_ids(self.processor.video_token)
-        groups, height, width = sample["video_grid_thw"].tolist()
+        groups, height, width = sample["video_grid_thw"][0].tolist()
         per_group = height * width // self.processor.video_processor.merge_size**2
         if not audio_tokens:
             return {video: [video] * (groups * per_group)}
@@ -127,34 +148,37 @@ class Encoder:
         return {video: [bos, *inner, eos]}
 
     def _tokenize(
-        self, record: Record, messages: list[Any], media: dict[int, list[int]], prompt_only: bool
+        self, record: Record, messages: Sequence[Message], media: dict[int, list[int]], prompt_only: bool
     ) -> tuple[list[int], list[int]]:
-        """Renders and tokenizes the conversation at once; labels are the tokens that lie in an answer's characters."""
-        kind = "video" if record.video is not None else "audio"
+        """Renders the conversation, cuts it where answers begin and end, and tokenizes each piece by itself.
+
+        So a prompt has the tokens in training that it has in generation, also before an answer that begins with a
+        blank, which the tokenizer would join with the template's line break. Otherwise the tokens are those of the
+        whole text: elsewhere the cuts are at special tokens.
+        """
+        kind = "audio" if record.video is None else "video"
         first = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": messages[0]["content"]}]}
         chat = [first, *messages[1:]]
         text = self._render(chat, add_generation_prompt=prompt_only)
-        spans = []
+        cuts = [0]
         for i in range(1, len(chat), 2):
             before = self._render(chat[:i], add_generation_prompt=True)
-            if not text.startswith(before):
+            after = self._render(chat[: i + 1], add_generation_prompt=False)
+            after = after[: after.rindex(END_OF_TURN) + len(END_OF_TURN)]  # learning to stop is part of the answer
+            if not text.startswith(after) or not after.startswith(before):
                 raise ValueError(f"the chat template renders turn {i} of record {record.id!r} differently in context")
-            end = text.index(messages[i]["content"], len(before)) + len(messages[i]["content"])
-            end = text.index("<|im_end|>", end) + len("<|im_end|>")  # learning to stop is part of the answer
-            spans.append((len(before), end))
-        encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            cuts += [len(before), len(after)]
+        pieces = [text[start:end] for start, end in pairwise([*cuts, len(text)])]
         ids: list[int] = []
         labels: list[int] = []
-        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            if token in media:
-                ids += media[token]
-                labels += [IGNORE] * len(media[token])
-                continue
-            ids.append(token)
-            labels.append(token if any(a <= start and end <= b for a, b in spans) else IGNORE)
+        for number, piece in enumerate(self.processor.tokenizer(pieces, add_special_tokens=False)["input_ids"]):
+            is_answer = number % 2 == 1
+            expanded = piece if is_answer else [token for t in piece for token in media.get(t, [t])]
+            ids += expanded
+            labels += expanded if is_answer else [IGNORE] * len(expanded)
         return ids, labels
 
-    def _render(self, chat: list[Any], add_generation_prompt: bool) -> str:
+    def _render(self, chat: Sequence[Any], add_generation_prompt: bool) -> str:
         rendered: str = self.processor.tokenizer.apply_chat_template(
             chat,
             chat_template=self.processor.chat_template,
@@ -178,13 +202,21 @@ def interleave(audio_tokens: int, groups: int, seconds_per_group: float) -> list
 class RecordDataset(Dataset[dict[str, Any]]):
     """Encoded records. One that cannot be used is skipped with its name and reason, and the next one stands in for it.
 
+    Every sample holds `skipped`, the `(id, reason)` of each record it stands in for.
+
     Args:
         records: what to encode.
         encoder: what encodes them.
         strict: the first unusable record is an error.
+
+    Raises:
+        ValueError: there are no records; or, of an item, it and as many after it as there are, 100 at most, cannot be
+            used.
     """
 
     def __init__(self, records: Sequence[Record], encoder: Encoder, strict: bool = False) -> None:
+        if not records:
+            raise ValueError("there are no records")
         self.records = list(records)
         self.encoder = encoder
         self.strict = strict
@@ -193,8 +225,10 @@ class RecordDataset(Dataset[dict[str, Any]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         skipped: list[tuple[str, str]] = []
-        for step in range(len(self)):
+        for step in range(min(len(self), MOST_SKIPPED_IN_A_ROW)):
             record = self.records[(index + step) % len(self)]
             try:
                 return {**self.encoder(record), "skipped": skipped}
@@ -202,7 +236,8 @@ class RecordDataset(Dataset[dict[str, Any]]):
                 if self.strict:
                     raise
                 skipped.append((record.id, str(error)))
-        raise ValueError(f"none of {len(self)} records can be used; the first: {skipped[0][0]}: {skipped[0][1]}")
+        name, reason = skipped[0]
+        raise ValueError(f"{len(skipped)} of {len(self)} records in a row cannot be used; the first, {name}: {reason}")
 
 
 @dataclass
@@ -218,24 +253,25 @@ class OmniCollator:
     padding_side: str = "right"
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Gives the batch: `input_ids`, `attention_mask` and `labels` `[B, L]`, the media of all samples packed."""
-        pad = {"batch_first": True, "padding_side": self.padding_side}
+        """Gives the batch: `input_ids`, `attention_mask` and, where samples have them, `labels` `[B, L]`; the media
+        of all samples, packed; and `skipped`, those of all samples, if there are any (not for the model).
+        """
         ids = [s["input_ids"] for s in samples]
         batch: dict[str, Any] = {
-            "input_ids": pad_sequence(ids, padding_value=self.pad_token_id, **pad),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], **pad),
-            "labels": pad_sequence([s["labels"] for s in samples], padding_value=IGNORE, **pad),
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "attention_mask": self._pad([torch.ones_like(i) for i in ids], 0),
         }
+        if "labels" in samples[0]:
+            batch["labels"] = self._pad([s["labels"] for s in samples], IGNORE)
         if mels := [s["input_features"].T for s in samples if "input_features" in s]:
             batch["input_features"] = pad_sequence(mels, batch_first=True).transpose(1, 2)
-            batch["feature_attention_mask"] = pad_sequence(
-                [torch.ones(len(m), dtype=torch.long) for m in mels], batch_first=True
-            )
-        videos = [s for s in samples if "video_grid_thw" in s]
-        if videos:
-            join: dict[str, Callable[[list[Tensor]], Tensor]] = dict.fromkeys(PACKED, torch.cat)
-            join |= {"video_grid_thw": torch.stack, "video_second_per_grid": torch.stack}
-            batch |= {name: join[name]([s[name] for s in videos]) for name in PACKED}
+            masks = [torch.ones(len(m), dtype=torch.long) for m in mels]
+            batch["feature_attention_mask"] = pad_sequence(masks, batch_first=True)
+        if videos := [s for s in samples if "video_grid_thw" in s]:
+            batch |= {name: torch.cat([s[name] for s in videos]) for name in VIDEO_FIELDS}
         if skipped := [entry for s in samples for entry in s.get("skipped", ())]:
             batch["skipped"] = skipped
         return batch
+
+    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.padding_side)

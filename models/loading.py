@@ -82,7 +82,7 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Opens "omni-small", or a Qwen2.5-Omni checkpoint's thinker (no talker, no token2wav), and its processor.
 
     Raises:
-        ValueError: the path or hub name holds no Qwen2.5-Omni checkpoint.
+        ValueError: the path or hub name holds no Qwen2.5-Omni checkpoint, or one that lacks weights.
     """
     if name == OMNI_SMALL:
         from .omni_small import build_omni_small
@@ -98,7 +98,16 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         raise ValueError(
             f"model {name!r} is neither 'omni-small', nor a saved variant, nor a Qwen2.5-Omni checkpoint: {error}"
         ) from error
-    if not config.model_type.startswith("qwen2_5_omni"):
+    if config.model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
         raise ValueError(f"model {name!r} is a {config.model_type}, not a Qwen2.5-Omni checkpoint")
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    return thinker, Qwen2_5OmniProcessor.from_pretrained(name)
+    thinker, report = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        name, dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+        raise ValueError(f"{name} lacks {len(missing)} of the thinker's weights: {', '.join(missing[:3])} ...")
+    processor = Qwen2_5OmniProcessor.from_pretrained(name)
+    # Released checkpoints do not tell the thinker alone what ends an answer: without this it never stops.
+    ends = {*storage.eos_ids(thinker), processor.tokenizer.eos_token_id}
+    thinker.generation_config.eos_token_id = sorted(ends)
+    thinker.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return thinker, processor
