@@ -79,7 +79,7 @@ SMOLLM2 = Package(
     licence="Apache-2.0",
     size_mb=92.9,
 )
-PACKAGES = (WHISPER_1, WHISPER_2, SMOLLM2)
+HUB_WHISPER, HUB_SMOLLM2 = "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 VERSION = 1  # of the assembled model: a change of anything below that changes it counts this up
 SEED = 0
@@ -114,11 +114,11 @@ def parts_from_packages(download: bool = True) -> Parts:
 
 def parts_from_hub(download: bool = True) -> Parts:
     """Reads both models from the Hugging Face hub (or its cache)."""
-    smollm2, local = "HuggingFaceTB/SmolLM2-135M-Instruct", not download
+    local = not download
     return Parts(
-        WhisperModel.from_pretrained("openai/whisper-base", dtype=torch.float32, local_files_only=local).encoder,
-        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, local_files_only=local),
-        AutoTokenizer.from_pretrained(smollm2, local_files_only=local),
+        WhisperModel.from_pretrained(HUB_WHISPER, dtype=torch.float32, local_files_only=local).encoder,
+        AutoModelForCausalLM.from_pretrained(HUB_SMOLLM2, dtype=torch.float32, local_files_only=local),
+        AutoTokenizer.from_pretrained(HUB_SMOLLM2, local_files_only=local),
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
 from audiopress.data.media import read_audio
 from audiopress.data.speech import speech_packages
@@ -243,6 +244,27 @@ def test_the_cache_holds_what_the_code_makes(sources, tmp_path):
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_hub_way_with_small_stand_ins(sources, tmp_path, monkeypatch):
+    """Whether the hub's own files load cannot be tested without it; that its kind of files becomes a model, can."""
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    whisper = WhisperModel(WhisperConfig(d_model=32, encoder_layers=1, decoder_layers=1, **heads))
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+    whisper.save_pretrained(tmp_path / "whisper")
+    llama.save_pretrained(tmp_path / "smollm2")
+    sources.tokenizer.save_pretrained(tmp_path / "smollm2")
+    monkeypatch.setattr(omni_small, "HUB_WHISPER", str(tmp_path / "whisper"))
+    monkeypatch.setattr(omni_small, "HUB_SMOLLM2", str(tmp_path / "smollm2"))
+    monkeypatch.setenv("AUDIOPRESS_CACHE", str(tmp_path))
+    model, processor = omni_small.build_omni_small(source="hub", download=False)
+    ids = processor.tokenizer("Hello, world!", return_tensors="pt").input_ids
+    assert ids.tolist() == [[19556, 28, 905, 17]]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits[..., :49152], llama.eval()(input_ids=ids).logits)
+    assert torch.equal(parts.audio_tower(model).conv1.weight, whisper.encoder.conv1.weight)
 
 
 def test_an_empty_cache_says_how_to_fill_it(tmp_path, monkeypatch):
