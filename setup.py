@@ -1,12 +1,23 @@
 """Packaging of audiopress: the repository root *is* the package `audiopress` (see the layout in README.md)."""
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks")
 
 DEMO = ["gguf>=0.10", "matplotlib>=3.8", "tensorboard>=2.16", "rich>=13"]
-TEST = [*DEMO, "pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
+TEST = [*DEMO, "pytest>=8.3.1", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
 BENCH = [*DEMO, "pandas>=2.1", "pycocoevalcap>=1.2"]
+
+
+class BuildPy(build_py):
+    """Leaves the scripts that stand beside the package's `__init__.py` out of it."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Gives (package, module, file) of each module."""
+        modules = super().find_package_modules(package, package_dir)
+        return [m for m in modules if package != "audiopress" or m[1] == "__init__"]
+
 
 setup(
     name="audiopress",
@@ -14,6 +25,7 @@ setup(
     description="Pluggable audio-token compressors for Qwen2.5-Omni: train, time and compare them honestly.",
     license="Apache-2.0",
     python_requires=">=3.10",
+    cmdclass={"build_py": BuildPy},
     package_dir={"audiopress": "."},
     packages=["audiopress", *(f"audiopress.{name}" for name in SUBPACKAGES)],
     install_requires=[
