@@ -43,7 +43,7 @@ def encode_audio(
     mel_frames = feature_attention_mask.sum(dim=1)
     lengths = audio_lengths(mel_frames)
     if 0 in lengths:
-        raise ValueError(f"audio clip {lengths.index(0)} of {len(lengths)} is too short: it needs 4 mel frames (40 ms)")
+        raise ValueError(f"audio clip {lengths.index(0)} of {len(lengths)} is too short: it needs 3 mel frames (30 ms)")
     tower = parts.audio_tower(thinker)
     context = Context()
     with _last_hidden(tower, "encoder_hidden" in needs) as captured:

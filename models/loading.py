@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ OMNI_SMALL = "omni-small"
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     compressor: Compressor | str | None = None,
     *,
-    base: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     **options: Any,
@@ -40,6 +41,7 @@ def load(
     Raises:
         ValueError: an unknown method or option, a damaged directory, or a base other than the saved variant's.
     """
+    name, base = os.fspath(name), None if base is None else os.fspath(base)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weight_dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     saved = (Path(name) / storage.MANIFEST).is_file()

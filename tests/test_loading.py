@@ -137,8 +137,10 @@ def test_a_saved_variant(checkpoint, saved, tmp_path):
     assert torch.equal(model(**batch).logits, expected(**batch).logits)
     assert model.compressor.describe() == expected.compressor.describe()
     (tmp_path / "moved").symlink_to(checkpoint)
-    moved, _ = audiopress.load(str(saved), base=str(tmp_path / "moved"), device="cpu")
+    moved, _ = audiopress.load(saved, base=tmp_path / "moved", device="cpu")  # a Path is as good as its name
     assert torch.equal(moved(**batch).logits, model(**batch).logits)
+    moved.save_pretrained(saved)
+    assert audiopress.load(saved, device="cpu")[0].base == str(tmp_path / "moved")
 
 
 def test_a_saved_variant_brings_its_own_compressor(saved):
