@@ -6,7 +6,7 @@ from setuptools.command.build_py import build_py
 SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks")
 
 DEMO = ["gguf>=0.10", "matplotlib>=3.8", "tensorboard>=2.16", "rich>=13"]
-TEST = [*DEMO, "pytest>=8.3.1", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
+TEST = [*DEMO, "pytest>=8.3.4", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
 BENCH = [*DEMO, "pandas>=2.1", "pycocoevalcap>=1.2"]
 
 
