@@ -5,7 +5,7 @@ from setuptools.command.build_py import build_py
 
 SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks")
 
-DEMO = ["gguf>=0.10", "matplotlib>=3.8", "tensorboard>=2.16", "rich>=13"]
+DEMO = ["gguf>=0.17", "matplotlib>=3.10.7", "tensorboard>=2.16", "rich>=13"]
 TEST = [*DEMO, "pytest>=8.3.4", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
 BENCH = [*DEMO, "pandas>=2.1", "pycocoevalcap>=1.2"]
 
@@ -33,7 +33,7 @@ setup(
         "torchvision>=0.26",  # the video processor of transformers resizes frames with it
         "transformers>=5.17,<6",
         "accelerate>=1.10",
-        "peft>=0.18",
+        "peft>=0.19.1",
         "timm>=1.0.20",
         "einops>=0.8",
         "triton>=3.6; platform_system == 'Linux'",
