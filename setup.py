@@ -40,7 +40,7 @@ setup(
         "tokenizers>=0.23",
         "jinja2>=3.1.4",  # the chat templates of transformers
         "numpy>=1.26",
-        "scipy>=1.12",
+        "scipy>=1.15",
         "av>=14",
         "jiwer>=4",
         "safetensors>=0.8",
