@@ -15,7 +15,8 @@ class CTCAlignment(nn.Module):
     embedding, so minimising it moves audio tokens onto the words the LLM already reads.
 
     `logits = s * E x / rms(x)` and one learned vector for the blank, with E the LLM's frozen embedding matrix
-    (Graves et al., Connectionist Temporal Classification, ICML 2006).
+    (Graves et al., Connectionist Temporal Classification, ICML 2006). It holds `[N, vocabulary]` in float32 a few times
+    over: meant for utterances, not for hours.
 
     Args:
         hidden_size: D.

@@ -180,7 +180,7 @@ class Layout:
         )
 
     def describe(self, sample: int = 0, after: Layout | None = None) -> str:
-        """Prints one sample as a tree of runs: `VIDEO x 91` with seconds, positions and the count after compression.
+        """Gives one sample as a tree of runs: `VIDEO x 91` with its seconds and the count after compression.
 
         Args:
             sample: which row.

@@ -53,7 +53,8 @@ def load(
         thinker, processor = load_base(name, weight_dtype)
         if isinstance(compressor, str):
             compressor = build_for(thinker, compressor, **options)
-        model = CompressedOmni(thinker, compressor, base=name)
+        base = str(Path(name).resolve()) if Path(name).is_dir() else name
+        model = CompressedOmni(thinker, compressor, base=base)
         return model.to(place).eval(), processor
 
     manifest = storage.read_manifest(name)
@@ -90,7 +91,7 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         from .omni_small import build_omni_small
 
         thinker, processor = build_omni_small()
-        return thinker.to(dtype), processor
+        return _resident(thinker.to(dtype)), processor
 
     from transformers import AutoConfig, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -112,4 +113,14 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     ends = {*storage.eos_ids(thinker), processor.tokenizer.eos_token_id}
     thinker.generation_config.eos_token_id = sorted(ends)
     thinker.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    return thinker, processor
+    return _resident(thinker), processor
+
+
+def _resident(thinker: nn.Module) -> nn.Module:
+    """Copies weights that are mapped from their file into memory of our own.
+
+    The system may drop mapped pages and read them from disk again: measured, the same step then takes 2 to 25 s.
+    """
+    for tensor in (*thinker.parameters(), *thinker.buffers()):
+        tensor.data = tensor.data.clone()
+    return thinker

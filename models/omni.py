@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..compression import Compressor, TokenStream
+from ..compression import Compressor, Context, TokenStream
+from ..compression.base import check_choice
 from . import parts, storage
 from .alignment import CTCAlignment
 from .encoders import encode_audio, encode_image, encode_video
 from .layout import Kind, Layout, TokenIds, audio_lengths
-from .rewrite import IGNORE, LLMInputs, rewrite, scatter
+from .rewrite import IGNORE, POSITIONS, LLMInputs, rewrite, scatter
 
 MEDIA = (
     "input_features",
@@ -28,6 +29,7 @@ MEDIA = (
     "pixel_values",
     "image_grid_thw",
 )
+PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
 TRAINABLE = ("compressor", "adapter", "projector")
 
 
@@ -69,6 +71,7 @@ class CompressedOmni(nn.Module):
         hidden_size = thinker.get_input_embeddings().embedding_dim
         if compressor is not None and compressor.hidden_size != hidden_size:
             raise ValueError(f"the compressor was built for width {compressor.hidden_size}, the LLM has {hidden_size}")
+        check_choice("positions", positions, POSITIONS)
         self.thinker = thinker.requires_grad_(False)
         self.compressor = compressor
         self.base = base
@@ -91,20 +94,31 @@ class CompressedOmni(nn.Module):
         """Where the LLM's embeddings live."""
         return self.thinker.get_input_embeddings().weight.device
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Recomputes the LLM's layers in the backward pass.
 
         Non-reentrant, unless told otherwise: that form gives gradients also where no input of a layer needs one (LoRA
         over a frozen embedding), for which others call `enable_input_require_grads`.
+
+        Args:
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`.
+            options: what else transformers' method of this name takes.
         """
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:
             self.thinker.enable_input_require_grads()
-        self.thinker.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        if hasattr(self.thinker, "activation_checkpointing_enable"):
+            self.thinker.activation_checkpointing_enable(kwargs, **options)
+        else:  # the name before transformers 5.20
+            self.thinker.gradient_checkpointing_enable(kwargs, **options)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        self.thinker.gradient_checkpointing_disable()
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Does the same, under the name Trainer called before."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     # What is trained.
 
@@ -144,6 +158,8 @@ class CompressedOmni(nn.Module):
                 raise ValueError(f"there is no parameter in the {name} to train")
             for tensor in tensors.values():
                 tensor.requires_grad_(wanted)
+                if wanted:
+                    tensor.data = tensor.data.float()  # what is trained is float32, whatever the base is
 
     def own_parameters(self, part: str) -> dict[str, Tensor]:
         """Gives the parameters of one part of `TRAINABLE`, or "alignment", by name."""
@@ -195,13 +211,16 @@ class CompressedOmni(nn.Module):
         audio = None
         if media.get("input_features") is not None:
             needs = self.compressor.needs if self.compressor is not None else frozenset()
-            audio, context = encode_audio(
-                self.thinker, media["input_features"], media["feature_attention_mask"], needs=needs
-            )
+            # A trained projection is float32; beside a bfloat16 tower it takes part by autocast.
+            tower, projection = parts.audio_tower(self.thinker).conv1.weight.dtype, self.projector.weight.dtype
+            with torch.autocast(self.device.type, tower, enabled=tower != projection):
+                audio, context = encode_audio(
+                    self.thinker, media["input_features"], media["feature_attention_mask"], needs=needs
+                )
             if self.compressor is None:
                 embeds = scatter(embeds, layout, Kind.AUDIO, audio.embeds)
             else:
-                audio = self.compressor(audio, context)
+                audio = _run(self.compressor, audio, context)
                 streams[Kind.AUDIO] = audio
         if media.get("pixel_values_videos") is not None:
             video = encode_video(self.thinker, media["pixel_values_videos"], media["video_grid_thw"])
@@ -299,7 +318,7 @@ class CompressedOmni(nn.Module):
             inputs_embeds=inputs.embeds,
             attention_mask=inputs.mask,
             position_ids=inputs.positions,
-            **({} if kwargs.get("do_sample") else greedy),
+            **({} if kwargs.get("do_sample") or "generation_config" in kwargs else greedy),
             **kwargs,
         )
 
@@ -322,7 +341,20 @@ class CompressedOmni(nn.Module):
         return load(os.fspath(directory), **kwargs)[0]
 
 
+def _run(compressor: Compressor, audio: TokenStream, context: Context) -> TokenStream:
+    """Compresses in the precision of the compressor's own weights: trained ones stay float32 beside a bfloat16 base."""
+    dtype = next((p.dtype for p in compressor.parameters()), audio.embeds.dtype)
+    if context.encoder_hidden is not None:
+        hidden = context.encoder_hidden
+        context.encoder_hidden = hidden.replace(embeds=hidden.embeds.to(dtype))
+    return compressor(audio.replace(embeds=audio.embeds.to(dtype)), context)
+
+
 def _check_media(media: dict[str, Any]) -> None:
     unknown = sorted(set(media) - set(MEDIA))
     if unknown:
         raise TypeError(f"unknown argument {', '.join(unknown)}; the model takes {', '.join(MEDIA)}")
+    for pair in PAIRS:
+        missing = [name for name in pair if media.get(name) is None]
+        if len(missing) == 1:
+            raise ValueError(f"{' and '.join(pair)} go together, but {missing[0]} is missing")

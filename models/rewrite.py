@@ -10,10 +10,12 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from ..compression.base import check_choice
 from ..compression.stream import TokenStream, clip_ids, offsets
 from .layout import Kind, Layout
 
 IGNORE = -100  # the label transformers leaves out of the loss
+POSITIONS = ("original", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def rewrite(
             0, 1, 2, ... in all three rows, for ablation.
 
     Raises:
-        ValueError: a stream has other clips than the batch, or a slot outside its clip.
+        ValueError: a stream has other clips than the batch, or a slot outside its clip; or a choice is unknown.
     """
+    check_choice("padding_side", padding_side, ("left", "right"))
+    check_choice("positions", positions, POSITIONS)
     batch, length, _ = embeds.shape
     keep = layout.mask.flatten().clone()
     flat = embeds.flatten(0, 1)
