@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compression import Context, TokenStream
+from ..compression.stream import clip_ids, positions
 from . import parts
 from .layout import audio_lengths
 
@@ -23,15 +24,20 @@ def _features(output: Any) -> Tensor:
 
 
 def encode_audio(
-    thinker: nn.Module, input_features: Tensor, feature_attention_mask: Tensor, needs: frozenset[str] = frozenset()
+    thinker: nn.Module,
+    input_features: Tensor,
+    feature_attention_mask: Tensor,
+    needs: frozenset[str] = frozenset(),
+    audio_hidden: Tensor | None = None,
 ) -> tuple[TokenStream, Context]:
-    """Runs the audio tower over all clips of a batch.
+    """Runs the audio tower over all clips of a batch, or its last steps over states it gave before.
 
     Args:
         thinker: the model.
         input_features: `[C, mel, T]` log-mel, 100 frames per second, right-padded.
         feature_attention_mask: `[C, T]`, 1 at real frames.
         needs: what to capture on the way, as a compressor's `needs`.
+        audio_hidden: `[N, D_enc]`, what `hidden_audio` gave for these clips: then the layers are not run again.
 
     Returns:
         The clips' tokens (25 per second, at the LLM's width) and the captured context.
@@ -46,6 +52,12 @@ def encode_audio(
         raise ValueError(f"audio clip {lengths.index(0)} of {len(lengths)} is too short: it needs 3 mel frames (30 ms)")
     tower = parts.audio_tower(thinker)
     context = Context()
+    frames = tuple(((mel_frames - 1) // 2 + 1).tolist())
+    if audio_hidden is not None:
+        pooled = pool_pairs(TokenStream(audio_hidden, frames), lengths)
+        if "encoder_hidden" in needs:
+            context.encoder_hidden = TokenStream(tower.ln_post(audio_hidden), frames)
+        return TokenStream(tower.proj(tower.ln_post(pooled)), tuple(lengths)), context
     with _last_hidden(tower, "encoder_hidden" in needs) as captured:
         dtype = next(tower.parameters()).dtype
         output = thinker.get_audio_features(
@@ -55,8 +67,26 @@ def encode_audio(
     stream = TokenStream(_features(output), tuple(lengths))
     if captured:
         hidden = tower.ln_post(captured[0])
-        context.encoder_hidden = TokenStream(hidden, tuple(((mel_frames - 1) // 2 + 1).tolist()))
+        context.encoder_hidden = TokenStream(hidden, frames)
     return stream, context
+
+
+@torch.no_grad()
+def hidden_audio(thinker: nn.Module, input_features: Tensor, feature_attention_mask: Tensor) -> list[Tensor]:
+    """Gives each clip's states after the tower's last layer, `[N, D_enc]` at 50 per second, to be kept and used again.
+
+    Valid as long as nothing in front of the tower's final LayerNorm is trained or changed.
+    """
+    with _last_hidden(parts.audio_tower(thinker), True) as captured:
+        encode_audio(thinker, input_features, feature_attention_mask)
+    mel_frames = feature_attention_mask.sum(dim=1)
+    return list(captured[0].split(((mel_frames - 1) // 2 + 1).tolist()))
+
+
+def pool_pairs(hidden: TokenStream, lengths: list[int]) -> Tensor:
+    """Gives the means of adjacent states, 50 to 25 per second; an odd last state of a clip is left out."""
+    first = hidden.offsets[:-1][clip_ids(lengths, hidden.embeds.device)] + 2 * positions(lengths, hidden.embeds.device)
+    return (hidden.embeds[first] + hidden.embeds[first + 1]) / 2
 
 
 def encode_video(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:

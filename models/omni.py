@@ -28,6 +28,7 @@ MEDIA = (
     "video_seconds",
     "pixel_values",
     "image_grid_thw",
+    "audio_hidden",
 )
 PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
 TRAINABLE = ("compressor", "adapter", "projector")
@@ -215,7 +216,11 @@ class CompressedOmni(nn.Module):
             tower, projection = parts.audio_tower(self.thinker).conv1.weight.dtype, self.projector.weight.dtype
             with torch.autocast(self.device.type, tower, enabled=tower != projection):
                 audio, context = encode_audio(
-                    self.thinker, media["input_features"], media["feature_attention_mask"], needs=needs
+                    self.thinker,
+                    media["input_features"],
+                    media["feature_attention_mask"],
+                    needs=needs,
+                    audio_hidden=media.get("audio_hidden"),
                 )
             if self.compressor is None:
                 embeds = scatter(embeds, layout, Kind.AUDIO, audio.embeds)
@@ -276,6 +281,19 @@ class CompressedOmni(nn.Module):
             if self.training and self.alignment is not None:
                 losses["ctc"] = self.ctc_weight * self._ctc(inputs, audio) / items
         return OmniOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses)
+
+    def ctc_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **media: Any) -> Tensor:
+        """Computes CTC alone, per labelled token, without running the LLM; see `forward` for the arguments.
+
+        Raises:
+            ValueError: `add_ctc` was not called, or the batch has no audio.
+        """
+        if self.alignment is None:
+            raise ValueError("CTC needs `add_ctc` first")
+        inputs, audio = self.encode(input_ids, attention_mask, labels, **media)
+        if audio is None:
+            raise ValueError("CTC needs audio, and this batch has none")
+        return self._ctc(inputs, audio) / (labels != IGNORE).sum()
 
     def _ctc(self, inputs: LLMInputs, audio: TokenStream) -> Tensor:
         """Gives the summed CTC loss of every clip that is the only one of its sample, against that sample's labels."""

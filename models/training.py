@@ -1,0 +1,162 @@
+"""Training: a connector's warm-up by CTC alone, and transformers' Trainer with what a compressed variant needs."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
+
+from . import storage
+from .omni import CompressedOmni
+
+COMPLETE = "complete.json"  # written last into a checkpoint: without it the checkpoint is not one
+
+log = logging.getLogger(__name__)
+
+
+def warm_up(
+    model: CompressedOmni,
+    samples: Sequence[dict[str, Any]],
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
+    *,
+    steps: int,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> list[float]:
+    """Trains compressor and projector by CTC alone: the LLM is not run, so a step takes a tenth of the time.
+
+    AdamW, cosine schedule, gradients clipped at 1. Every process of a distributed run does the same.
+
+    Args:
+        model: with `add_ctc`, and the parts to train set; LoRA is left as it is.
+        samples: encoded, with `labels`.
+        collate: makes a batch of them.
+        steps: optimizer steps.
+        batch_size: samples per step.
+        learning_rate: at its peak.
+        seed: of the order of the samples.
+
+    Returns:
+        The loss per labelled token at every step.
+    """
+    parameters = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(10, steps // 10), steps)
+    loader = DataLoader(
+        samples,  # type: ignore[arg-type]
+        batch_size,
+        shuffle=True,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    losses: list[float] = []
+    training = model.training
+    model.train()
+    with tqdm(total=steps, desc="warm-up by CTC") as bar:
+        while len(losses) < steps:
+            for batch in loader:
+                inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+                loss = model.ctc_loss(**inputs)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+                bar.set_postfix(loss=f"{losses[-1]:.2f}")
+                bar.update()
+                if len(losses) == steps:
+                    break
+    model.train(training)
+    return losses
+
+
+class CompressTrainer(Trainer):
+    """Trainer that saves only what is ours, gives the connector its own learning rate and logs the loss in parts."""
+
+    def __init__(self, *args: Any, on_skip: Callable[[str, str], None] = log.warning, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.on_skip = on_skip
+        self.parts: dict[str, list[float]] = {}
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        for name, reason in inputs.pop("skipped", ()):
+            self.on_skip(name, reason)
+        return super()._prepare_inputs(inputs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Makes the optimizer: LoRA learns at `learning_rate`, everything else at `connector_learning_rate`."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            rates = {True: self.args.learning_rate, False: self.args.connector_learning_rate}
+            groups = [
+                {"params": [p for n, p in named if ("lora_" in n) is lora], "lr": rate} for lora, rate in rates.items()
+            ]
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer([g for g in groups if g["params"]], **options)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Notes the parts of the loss for the log."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            for name, value in outputs["losses"].items():
+                self.parts.setdefault(name, []).append(float(value.detach()))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean of every part of the loss since the last entry."""
+        if "loss" in logs:
+            logs |= {f"loss_{name}": statistics.mean(values) for name, values in self.parts.items()}
+            self.parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        manifest = storage.read_manifest(resume_from_checkpoint)
+        storage.check_base(manifest["base"], self.model.thinker, resume_from_checkpoint)
+        storage.load_weights(self.model, resume_from_checkpoint, manifest)
+
+
+class RunCallback(TrainerCallback):
+    """Times the steps, and marks a checkpoint as complete once all of its files are written."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Starts the clock."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stops it."""
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Marks the checkpoint."""
+        if state.is_world_process_zero:
+            storage.write_json(
+                {"step": state.global_step}, Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE)
+            )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Gives the newest complete checkpoint; incomplete ones are named in the log and passed over."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        if (checkpoint / COMPLETE).is_file():
+            return checkpoint
+        log.warning("%s was not saved completely; passed over", checkpoint)
+    return None

@@ -1,0 +1,413 @@
+"""Train a compressed Qwen2.5-Omni variant, evaluate it, save it and show it.
+
+    python train_compress.py                                          # real speech, the small real model, a CPU is enough
+    python train_compress.py --compressor conv:osum                   # another method, another paper's setting
+    python train_compress.py --compressor pooling --keep-ratio 0.25 --train adapter
+    python train_compress.py longvale.yaml --keep-ratio 0.5           # a YAML or JSON file < the command line
+    torchrun --nproc-per-node 2 train_compress.py longvale.yaml       # as any Trainer script
+
+Every field of transformers' TrainingArguments is an option too. Results go to --output-dir (runs/ by default).
+"""
+
+import sys
+from pathlib import Path
+
+# This folder holds packages named `kernels` and `compression`; a PyPI package and a module of the standard library have
+# the same names, and Python puts a script's folder first. Nothing here is imported from it.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import dataclasses
+import difflib
+import importlib.util
+import logging
+import statistics
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import transformers
+import yaml
+from tqdm import tqdm
+from transformers import HfArgumentParser, TrainingArguments
+
+import audiopress
+from audiopress.benchmarks.evaluate import evaluate, to_device, usable, with_other_audio
+from audiopress.benchmarks.report import draw, peak_memory, row, table
+from audiopress.compression import Compressor
+from audiopress.data.collator import Encoder, OmniCollator, RecordDataset
+from audiopress.data.longvale import load_dialogues
+from audiopress.data.records import Record
+from audiopress.data.skips import SkipLog
+from audiopress.data.speech import LANGUAGES, folder_records, speech_records
+from audiopress.models import CompressedOmni, storage
+from audiopress.models.encoders import hidden_audio
+from audiopress.models.loading import OMNI_SMALL, build_for
+from audiopress.models.packages import FetchError
+from audiopress.models.training import CompressTrainer, RunCallback, last_checkpoint, warm_up
+
+SPEECH = "speech"
+CTC_WARMUP_STEPS = 150
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model: str = field(default="omni-small", metadata={"help": "omni-small, or path or hub name of Qwen2.5-Omni."})
+    compressor: str = field(default="stacking", metadata={"help": "NAME, NAME:PRESET or NAME+NAME; see the README."})
+    keep_ratio: float | None = field(
+        default=None, metadata={"help": "Audio tokens out / in, in (0, 1]. Default: the method's or preset's own."}
+    )
+    compressor_options: list[str] = field(
+        default_factory=list, metadata={"help": "Options of the method, as KEY=VALUE.", "nargs": "*"}
+    )
+    train: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={
+            "help": "compressor, adapter (LoRA on the LLM), projector (the audio tower's last layer), several, or auto: "
+            "compressor where it has parameters, adapter, and projector where the model comes with a random one.",
+            "nargs": "+",
+        },
+    )
+    lora_r: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    ctc_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of CTC between audio tokens and answer. Default: 0.5 for transcription, else 0."},
+    )
+    ctc_warmup_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Before the training proper, train compressor and projector by CTC alone for so many steps, "
+            "without running the LLM. Default: 150 for transcription, else 0."
+        },
+    )
+    positions: Literal["original", "contiguous"] = "original"
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data: str = field(default=SPEECH, metadata={"help": "speech, or a LongVALE dialogue file (JSON)."})
+    speech_dir: str | None = field(
+        default=None, metadata={"help": "Your own speech instead of the packaged: x.wav + x.txt, or *.trans.txt."}
+    )
+    languages: list[str] = field(
+        default_factory=lambda: ["en"], metadata={"help": f"Of {', '.join(LANGUAGES)}.", "nargs": "+"}
+    )
+    min_words: int = field(default=1, metadata={"help": "Shorter utterances are left out."})
+    max_utterance_seconds: float | None = field(default=6.0, metadata={"help": "Longer utterances are left out."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out dialogues. Default: the last 5 %%."})
+    video_dir: str | None = None
+    audio_dir: str | None = field(default=None, metadata={"help": "Extracted audio; default: the videos' own."})
+    turns: Literal["multi", "single", "mixed"] = "multi"
+    time_format: Literal["percent", "decimal"] = "percent"
+    num_frames: int = 50
+    max_length: int | None = field(default=None, metadata={"help": "Tokens the LLM reads; later rounds are dropped."})
+    cache_audio: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run the frozen audio tower once per clip and keep its states in memory (0.4 GB per hour of audio "
+            "with omni-small). Default: for transcription."
+        },
+    )
+    max_audio_seconds: float | None = field(default=None, metadata={"help": "Cut longer audio. Default: an error."})
+    max_eval_records: int = field(default=48, metadata={"help": "Held-out records evaluated at the end."})
+    strict: bool = field(default=False, metadata={"help": "An unusable record is an error instead of a counted skip."})
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' own, with the owner's recipe and a first run of minutes as defaults."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Default: runs/COMPRESSOR."})
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 24
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of the adapter."})
+    connector_learning_rate: float = field(default=3e-4, metadata={"help": "Of compressor and projector."})
+    warmup_learning_rate: float = field(default=2e-3, metadata={"help": "Of both in the warm-up by CTC."})
+    max_steps: int = 30
+    warmup_steps: float = 3
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.0
+    logging_steps: float = 1
+    save_strategy: str = "no"
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 10
+    remove_unused_columns: bool = False
+    prediction_loss_only: bool = True
+    disable_tqdm: bool | None = False
+    resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    show_layout: bool = field(default=False, metadata={"help": "Print the token tree before and after, and stop."})
+    max_new_tokens: int = field(default=24, metadata={"help": "Of an answer in the evaluation."})
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """Reads `[file.yaml|file.json] [--option value ...]`; the command line wins over the file.
+
+    Raises:
+        ValueError: the file is unreadable or has a key that does not exist.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), usage=__doc__)
+    gpu = torch.cuda.is_available() and not {"--use_cpu", "--use-cpu"} & set(argv)
+    parser.set_defaults(
+        bf16=gpu and torch.cuda.is_bf16_supported(),  # where the device has it
+        gradient_checkpointing=gpu or None,  # memory is short there, time is short on a CPU
+        report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+    )
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        valid = {action.dest for action in parser._actions}
+        parser.set_defaults(**read_config(Path(argv[0]), valid))
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def read_config(path: Path, valid: set[str]) -> dict[str, Any]:
+    """Reads a YAML or JSON file of options; raises ValueError for a key that is not in `valid`."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} must hold `key: value` lines, got {type(values).__name__}")
+    for key in values:
+        if key not in valid:
+            close = difflib.get_close_matches(str(key), valid, n=3)
+            raise ValueError(
+                f"config {path} has an unknown key {key!r}; "
+                + (f"did you mean {' or '.join(close)}?" if close else "see --help for all")
+            )
+    return values
+
+
+def method_options(args: ModelArguments) -> dict[str, Any]:
+    """Gives the compressor's options that were asked for, and checks them by building it without memory.
+
+    Raises:
+        ValueError: an unknown method, preset or option, or a value that is not allowed.
+    """
+    options: dict[str, Any] = {}
+    for text in args.compressor_options:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--compressor-options takes KEY=VALUE, got {text!r}")
+        options[key] = yaml.safe_load(value)
+    if args.keep_ratio is not None:
+        options["keep_ratio"] = args.keep_ratio
+    with torch.device("meta"):
+        audiopress.build(args.compressor, hidden_size=64, encoder_size=64, **options)
+    return options
+
+
+def load_records(args: DataArguments, skips: SkipLog) -> tuple[list[Record], list[Record], list[Record]]:
+    """Gives the records to train on, to watch while training, and to evaluate at the end.
+
+    Raises:
+        ValueError: a file or record is wrong, or too little is left.
+        FetchError: the speech is not in the cache and cannot be fetched.
+    """
+    if args.data == SPEECH:
+        splits = []
+        for split in ("train", "validation", "test"):
+            if args.speech_dir:
+                records = folder_records(args.speech_dir, split, args.min_words)
+            else:
+                records = speech_records(split, args.languages, args.min_words)
+            limit = args.max_utterance_seconds
+            splits.append([r for r in records if not (limit and r.duration and r.duration > limit)])
+        train, validation, test = splits
+    else:
+        options = {"video_dir": args.video_dir, "audio_dir": args.audio_dir, "time_format": args.time_format}
+        train = load_dialogues(args.data, turns=args.turns, skips=skips, **options)
+        if args.eval_data:
+            test = load_dialogues(args.eval_data, turns=args.turns, skips=skips, **options)
+        else:
+            cut = max(1, len(train) // 20)
+            train, test = train[:-cut], train[-cut:]
+        validation = test
+    test = test[: args.max_eval_records]
+    if not train or len(test) < 2:
+        raise ValueError(f"{len(train)} training and {len(test)} held-out records are too few; needed are 1 and 2")
+    return train, validation[: args.max_eval_records], test
+
+
+def say(step: int, what: str) -> None:
+    """Prints what is being done."""
+    print(f"[{step}/5] {what}", flush=True)
+
+
+def what_to_train(model: CompressedOmni, asked: list[str]) -> set[str]:
+    """Resolves `auto`; see `ModelArguments.train`."""
+    if asked != ["auto"]:
+        return set(asked)
+    names = {"adapter"}
+    if model.own_parameters("compressor"):
+        names.add("compressor")
+    if model.base == OMNI_SMALL:
+        names.add("projector")
+    return names
+
+
+def cache_audio(model: CompressedOmni, dataset: RecordDataset) -> list[dict[str, Any]]:
+    """Gives all samples encoded, with the audio tower's states beside the features."""
+    samples = []
+    for sample in tqdm(dataset, desc="audio tower, once per clip"):
+        if "input_features" in sample:
+            features = sample["input_features"][None].to(model.device)
+            mask = torch.ones(features.shape[::2], dtype=torch.long, device=model.device)
+            sample["audio_hidden"] = hidden_audio(model.thinker, features, mask)[0].cpu()
+        samples.append(sample)
+    return samples
+
+
+def resolved(
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, compressor: Compressor
+) -> dict[str, Any]:
+    """Gives every setting of this script, and of transformers' those that differ from its defaults."""
+    usual = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    own = {k: v for k, v in args.to_dict().items() if v != usual.get(k, dataclasses.MISSING)}
+    options = dataclasses.asdict(model_args) | {"method": compressor.describe()}
+    return options | dataclasses.asdict(data_args) | own
+
+
+def show_layout(model: CompressedOmni, compressor: Compressor, encoder: Encoder, record: Record) -> str:
+    """Gives the token tree of one record, before and after."""
+    inputs = to_device(OmniCollator(0)([encoder(record)]), model.device)
+    del inputs["labels"]
+    model.compressor = compressor
+    with torch.no_grad():
+        after, _ = model.eval().encode(**inputs)
+    return model.layout(**inputs).describe(after=after.layout)
+
+
+def parameter_counts(model: CompressedOmni) -> str:
+    """Gives one line per part: its parameters and how many of them are trained."""
+    lines = [f"{'part':<12}{'parameters':>14}{'trained':>14}"]
+    parts = {name: model.own_parameters(name).values() for name in storage.PARTS} | {"all": list(model.parameters())}
+    for name, tensors in parts.items():
+        total, trained = (sum(p.numel() for p in tensors if p.requires_grad or not only) for only in (False, True))
+        lines.append(f"{name:<12}{total:>14,}{trained:>14,}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the whole job."""
+    started = time.perf_counter()
+    model_args, data_args, args = parse(argv)
+    transformers.set_seed(args.seed)
+    options = method_options(model_args)
+    skips = SkipLog(data_args.strict)
+    folder = Path(args.output_dir or Path("runs", model_args.compressor.replace(":", "-")))
+    args.output_dir = str(folder)
+    checkpoint = last_checkpoint(folder) if args.resume else None
+    if not args.resume and any(folder.glob("checkpoint-*")):
+        raise ValueError(f"{folder} holds checkpoints of an earlier run: give --resume, or another --output-dir")
+
+    say(1, f"reading records: {data_args.speech_dir or data_args.data}")
+    train, validation, test = load_records(data_args, skips)
+
+    say(2, f"opening {model_args.model}")
+    model, processor = audiopress.load(model_args.model, device=args.device)
+    compressor = build_for(model.thinker, model_args.compressor, **options).to(model.device)
+    with torch.device("meta"):  # worker processes take the encoder along: it must hold no weights
+        budget = build_for(model.thinker, model_args.compressor, **options).budget
+    encoder = Encoder(
+        processor,
+        num_frames=data_args.num_frames,
+        max_length=data_args.max_length,
+        audio_budget=budget,
+        max_seconds=data_args.max_audio_seconds,
+    )
+    validation, test = (usable(records, encoder, skips) for records in (validation, test))
+    if args.show_layout:
+        print(show_layout(model, compressor, encoder, test[0]))
+        return
+    score = partial(
+        evaluate,
+        processor=processor,
+        encoder=encoder,
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=args.max_new_tokens,
+    )
+
+    say(3, f"evaluating the uncompressed model as it comes on {len(test)} held-out records")
+    first = args.process_index == 0
+    results = {"uncompressed, as it comes": score(model, test, name="uncompressed")} if first else {}
+
+    model.compressor = compressor
+    model.positions = model_args.positions
+    names = what_to_train(model, model_args.train)
+    if "adapter" in names:
+        model.add_adapter(model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout)
+    weight = model_args.ctc_weight
+    if weight is None:
+        weight = 0.5 if data_args.data == SPEECH and names & {"compressor", "projector"} else 0.0
+    if weight:
+        model.add_ctc(weight)
+    model.set_trainable(names)
+    warmup = model_args.ctc_warmup_steps
+    if warmup is None:
+        warmup = CTC_WARMUP_STEPS if weight else 0
+    dataset = RecordDataset(train, encoder, data_args.strict)
+    if data_args.cache_audio or (data_args.cache_audio is None and data_args.data == SPEECH):
+        dataset = cache_audio(model, dataset)
+    config = resolved(model_args, data_args, args, compressor)
+    say(4, f"training {', '.join(sorted(names))} on {len(train)} records")
+    if first:
+        print(yaml.safe_dump(config, sort_keys=False, width=110), end="")
+        print(parameter_counts(model))
+    collate = OmniCollator(processor.tokenizer.pad_token_id)
+    if warmup and checkpoint is None:
+        warm_up(model, dataset, collate, steps=warmup, learning_rate=args.warmup_learning_rate, seed=args.seed)
+    clock = RunCallback()
+    trainer = CompressTrainer(
+        model,
+        args,
+        data_collator=collate,
+        train_dataset=dataset,
+        eval_dataset=RecordDataset(validation, encoder, data_args.strict),
+        callbacks=[clock],
+        on_skip=skips.add,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+
+    say(5, "evaluating the trained variant, and what it does with other audio")
+    results |= {
+        "trained variant": (own := score(model, test, name="trained variant")),
+        "the same, shuffled audio": score(model, with_other_audio(test, encoder), name="shuffled audio"),
+    }
+    summary = {
+        "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
+        "peak_memory_gb": peak_memory(model.device) / 1e9,
+        "minutes": (time.perf_counter() - started) / 60,
+        "skipped": skips.skipped,
+        "compressor": compressor.describe(),
+        "results": {name: row(result) for name, result in results.items()},
+        "config": config,
+    }
+    storage.write_json(summary, folder / "results.json")
+    answers = [
+        {"id": r.id, "reference": r.reference, **{name: e.answers[r.id] for name, e in results.items()}} for r in test
+    ]
+    storage.write_json(answers, folder / "answers.json")
+    draw(folder, model, encoder, trainer.state.log_history, test)
+    print(table(summary))
+    skips.report(len(train) + len(validation) + len(test))
+    example = next(r for r in test if own.answers[r.id])
+    print(f"for example: {example.reference!r} is heard as {own.answers[example.id]!r}")
+    print(f"in {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file())))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FetchError) as error:
+        sys.exit(f"error: {error}")
