@@ -51,24 +51,25 @@ def encode_audio(
     if 0 in lengths:
         raise ValueError(f"audio clip {lengths.index(0)} of {len(lengths)} is too short: it needs 3 mel frames (30 ms)")
     tower = parts.audio_tower(thinker)
-    context = Context()
     frames = tuple(((mel_frames - 1) // 2 + 1).tolist())
-    if audio_hidden is not None:
-        pooled = pool_pairs(TokenStream(audio_hidden, frames), lengths)
+    dtype, device = tower.conv1.weight.dtype, tower.conv1.weight.device
+    # A projection that is trained is float32; beside a bfloat16 tower it takes part by autocast.
+    with torch.autocast(device.type, dtype, enabled=tower.proj.weight.dtype != dtype):
+        if audio_hidden is not None:
+            hidden = audio_hidden.to(dtype)
+            features = tower.proj(tower.ln_post(pool_pairs(TokenStream(hidden, frames), lengths)))
+        else:
+            with _last_hidden(tower, "encoder_hidden" in needs) as captured:
+                features = _features(
+                    thinker.get_audio_features(
+                        input_features.to(dtype), feature_attention_mask=feature_attention_mask, return_dict=True
+                    )
+                )
+            hidden = captured[0] if captured else None
+        context = Context()
         if "encoder_hidden" in needs:
-            context.encoder_hidden = TokenStream(tower.ln_post(audio_hidden), frames)
-        return TokenStream(tower.proj(tower.ln_post(pooled)), tuple(lengths)), context
-    with _last_hidden(tower, "encoder_hidden" in needs) as captured:
-        dtype = next(tower.parameters()).dtype
-        output = thinker.get_audio_features(
-            input_features.to(dtype), feature_attention_mask=feature_attention_mask, return_dict=True
-        )
-    # the tower's own pooled features; `pooler_output` where the release has it
-    stream = TokenStream(_features(output), tuple(lengths))
-    if captured:
-        hidden = tower.ln_post(captured[0])
-        context.encoder_hidden = TokenStream(hidden, frames)
-    return stream, context
+            context.encoder_hidden = TokenStream(tower.ln_post(hidden), frames)
+    return TokenStream(features, tuple(lengths)), context
 
 
 @torch.no_grad()

@@ -212,16 +212,13 @@ class CompressedOmni(nn.Module):
         audio = None
         if media.get("input_features") is not None:
             needs = self.compressor.needs if self.compressor is not None else frozenset()
-            # A trained projection is float32; beside a bfloat16 tower it takes part by autocast.
-            tower, projection = parts.audio_tower(self.thinker).conv1.weight.dtype, self.projector.weight.dtype
-            with torch.autocast(self.device.type, tower, enabled=tower != projection):
-                audio, context = encode_audio(
-                    self.thinker,
-                    media["input_features"],
-                    media["feature_attention_mask"],
-                    needs=needs,
-                    audio_hidden=media.get("audio_hidden"),
-                )
+            audio, context = encode_audio(
+                self.thinker,
+                media["input_features"],
+                media["feature_attention_mask"],
+                needs=needs,
+                audio_hidden=media.get("audio_hidden"),
+            )
             if self.compressor is None:
                 embeds = scatter(embeds, layout, Kind.AUDIO, audio.embeds)
             else:

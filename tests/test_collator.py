@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from test_media import encode_audio, tone, write_audio
-from tiny import MEL, tiny_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from tiny import MEL, tiny_processor, tiny_thinker
+from transformers import Qwen2_5OmniProcessor
 
 from audiopress import CompressedOmni, build
 from audiopress.data.collator import Encoder, OmniCollator, RecordDataset, interleave
@@ -19,50 +18,8 @@ from audiopress.data.records import Record, assistant, user
 from audiopress.models.layout import Kind
 from audiopress.models.omni_small import build_omni_small, omni_small_folder
 from audiopress.models.packages import FetchError
-from audiopress.models.processor import SPECIAL_TOKENS, build_processor
 
 END = "<|im_end|>"
-
-
-def tiny_processor():
-    """A whole processor that needs no download: its words are learnt from one line, two line breaks are one token."""
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words.train_from_iterator(["user assistant When does it ring? From 10 to 30.\n\n  Yes\n\n  No\n \n x"] * 9, trainer)
-    return build_processor(PreTrainedTokenizerFast(tokenizer_object=words), MEL)
-
-
-def tiny_thinker(processor):
-    """A random thinker with the processor's vocabulary."""
-    tokenizer = processor.tokenizer
-    config = tiny_config()
-    config.text_config.vocab_size = len(tokenizer)
-    names = {
-        "audio_token": "audio_token_id",
-        "image_token": "image_token_id",
-        "video_token": "video_token_id",
-        "audio_bos_token": "audio_start_token_id",
-        "audio_eos_token": "audio_end_token_id",
-        "vision_bos_token": "vision_start_token_id",
-        "vision_eos_token": "vision_end_token_id",
-    }
-    for token, name in names.items():
-        setattr(config, name, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[token]))
-    torch.manual_seed(0)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model
 
 
 @pytest.fixture(scope="module")

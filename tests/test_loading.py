@@ -1,12 +1,11 @@
 """`load` on a folder laid out as the released 3B and 7B checkpoints are, and on what is none."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_collator import tiny_processor, tiny_thinker
+from tiny import tiny_processor, tiny_thinker, write_checkpoint
 from transformers import LlamaConfig
 
 import audiopress
@@ -32,27 +31,8 @@ def thinker():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, thinker):
-    """The whole model's config and weights: `thinker.*`, `talker.*`, `token2wav.*`, in two files with an index."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    thinker.save_pretrained(folder / "thinker")
-    tiny_processor().save_pretrained(folder)
-    config = {
-        "architectures": ["Qwen2_5OmniModel"],
-        "model_type": "qwen2_5_omni",
-        "enable_audio_output": True,
-        "thinker_config": json.loads((folder / "thinker" / "config.json").read_text()),
-        "talker_config": {"model_type": "qwen2_5_omni_talker"},
-        "token2wav_config": {"model_type": "qwen2_5_omni_token2wav"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    state = {f"thinker.{k}": v for k, v in load_file(folder / "thinker" / "model.safetensors").items()}
-    state["talker.model.embed_tokens.weight"] = torch.ones(7, 5)
-    state["token2wav.code2wav_dit_model.proj_out.bias"] = torch.ones(3)
-    files = {f"model-{i + 1:05}-of-00002.safetensors": sorted(state)[i::2] for i in range(2)}
-    for file, names in files.items():
-        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_checkpoint(folder, thinker)
     return folder
 
 

@@ -9,6 +9,7 @@ from tiny import EOS, Batch, make_thinker
 
 from audiopress import CompressedOmni, build
 from audiopress.models import storage
+from audiopress.models.encoders import hidden_audio
 
 GREEDY = {"max_new_tokens": 6, "eos_token_id": [EOS]}
 
@@ -323,3 +324,43 @@ def test_damage_is_noticed(tiny_base, tmp_path):
     (tmp_path / "audiopress.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         CompressedOmni.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_trained_parts_are_float32_beside_a_bfloat16_base(fresh_thinker, cached):
+    model = trained_model(fresh_thinker.to(torch.bfloat16), keep_ratio=0.5)
+    model.set_trainable({"compressor", "adapter", "projector"})
+    batch = media_batch()
+    if cached:
+        states = hidden_audio(fresh_thinker, batch["input_features"], batch["feature_attention_mask"])
+        batch["audio_hidden"] = torch.cat(states)
+    model.train()
+    model(**batch, labels=labelled(batch)).loss.backward()
+    model.ctc_loss(**batch, labels=labelled(batch)).backward()
+    dtypes = {p.dtype for part in storage.PARTS for p in model.own_parameters(part).values()}
+    assert dtypes == {torch.float32}
+    batch.pop("audio_hidden", None)
+    model.eval().generate(**batch, **GREEDY)
+
+
+@pytest.mark.parametrize("source", ["tokens", "hidden"])
+def test_kept_states_of_the_tower_give_what_the_tower_gives(thinker, source):
+    options = {"k": 4} if source == "hidden" else {"keep_ratio": 0.5}
+    model = CompressedOmni(thinker, build("stacking", hidden_size=32, encoder_size=24, source=source, **options)).eval()
+    batch = media_batch()
+    states = hidden_audio(thinker, batch["input_features"], batch["feature_attention_mask"])
+    assert [len(s) for s in states] == [102, 32, 165]
+    expected = model(**batch).logits
+    rows = []
+    handle = storage.parts.audio_tower(thinker).layers[0].register_forward_hook(lambda *_: rows.append(1))
+    got = model(**batch, audio_hidden=torch.cat(states)).logits
+    handle.remove()
+    assert not rows
+    torch.testing.assert_close(got, expected)
+
+
+def test_media_come_in_pairs(thinker):
+    batch = media_batch()
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match="pixel_values and image_grid_thw go together, but pixel_values is missing"):
+        CompressedOmni(thinker)(**batch)

@@ -1,11 +1,22 @@
-"""A small random Qwen2.5-Omni thinker, and batches for it as the processor would make them."""
+"""A small random Qwen2.5-Omni: its thinker, batches as the processor would make them, and a whole checkpoint."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
 
 from audiopress.models.layout import audio_lengths
+from audiopress.models.processor import SPECIAL_TOKENS, build_processor
 
 AUDIO, VIDEO, IMAGE = 100, 101, 102
 AUDIO_START, AUDIO_END, VISION_START, VISION_END = 103, 104, 105, 106
@@ -74,6 +85,70 @@ def make_thinker(seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = 0
     return model
+
+
+def tiny_processor() -> Qwen2_5OmniProcessor:
+    """A whole processor that needs no download: its words are learnt from one line, two line breaks are one token."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator(["user assistant When does it ring? From 10 to 30.\n\n  Yes\n\n  No\n \n x"] * 9, trainer)
+    return build_processor(PreTrainedTokenizerFast(tokenizer_object=words), MEL)
+
+
+def tiny_thinker(processor: Qwen2_5OmniProcessor, seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """A random thinker with the processor's vocabulary."""
+    tokenizer = processor.tokenizer
+    config = tiny_config()
+    config.text_config.vocab_size = len(tokenizer)
+    names = {
+        "audio_token": "audio_token_id",
+        "image_token": "image_token_id",
+        "video_token": "video_token_id",
+        "audio_bos_token": "audio_start_token_id",
+        "audio_eos_token": "audio_end_token_id",
+        "vision_bos_token": "vision_start_token_id",
+        "vision_eos_token": "vision_end_token_id",
+    }
+    for token, name in names.items():
+        setattr(config, name, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[token]))
+    torch.manual_seed(seed)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def write_checkpoint(folder: Path, thinker: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
+    """Writes a whole model as released: `thinker.*`, `talker.*` and `token2wav.*` in two files with an index."""
+    thinker.save_pretrained(folder / "thinker")
+    tiny_processor().save_pretrained(folder)
+    config = {
+        "architectures": ["Qwen2_5OmniModel"],
+        "model_type": "qwen2_5_omni",
+        "enable_audio_output": True,
+        "thinker_config": json.loads((folder / "thinker" / "config.json").read_text()),
+        "talker_config": {"model_type": "qwen2_5_omni_talker"},
+        "token2wav_config": {"model_type": "qwen2_5_omni_token2wav"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {f"thinker.{k}": v for k, v in load_file(folder / "thinker" / "model.safetensors").items()}
+    state["talker.model.embed_tokens.weight"] = torch.ones(7, 5)
+    state["token2wav.code2wav_dit_model.proj_out.bias"] = torch.ones(3)
+    files = {f"model-{i + 1:05}-of-00002.safetensors": sorted(state)[i::2] for i in range(2)}
+    for file, names in files.items():
+        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 class Batch:
