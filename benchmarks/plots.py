@@ -364,7 +364,7 @@ def _clean(axes: Axes, zoom: float = 1) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=_FAINT, linewidth=0.6)
     axes.tick_params(labelsize=8.5 * zoom, color=_FAINT, labelcolor=_FAINT, length=3, width=0.6, which="major")
-    axes.tick_params(length=0, labelsize=0, which="minor")
+    axes.tick_params(length=0, labelbottom=False, labelleft=False, which="minor")
     axes.grid(color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
 

@@ -58,7 +58,8 @@ def draw(
     folder: Path, model: CompressedOmni, encoder: Encoder, history: list[dict[str, Any]], test: list[Record]
 ) -> None:
     """Draws the training curves, and what each token of one test clip stands for."""
-    plot_training(history, folder / "training.png")
+    if any("loss" in entry for entry in history):  # none in a run shorter than `logging_steps`
+        plot_training(history, folder / "training.png")
     record = max((r for r in test if r.audio), key=lambda r: min(r.duration or 0, 10.0))
     inputs = to_device(OmniCollator(0)([encoder(record)]), model.device)
     with torch.no_grad():

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from . import parts
@@ -59,6 +60,17 @@ def own_tensors(model: CompressedOmni) -> dict[str, Tensor]:
     return tensors
 
 
+def variant(model: CompressedOmni) -> dict[str, Any]:
+    """Gives what the manifest says of a variant beside its base and its weights."""
+    return {
+        "compressor": None if model.compressor is None else model.compressor.describe(),
+        "positions": model.positions,
+        "adapter": model.adapter,
+        "projector": model.trains_projector,
+        "ctc": model.alignment is not None,
+    }
+
+
 def save(model: CompressedOmni, directory: str | os.PathLike[str]) -> None:
     """Writes weights under a name made of their hash, then the manifest that names them, in one atomic step."""
     folder = Path(directory)
@@ -66,18 +78,14 @@ def save(model: CompressedOmni, directory: str | os.PathLike[str]) -> None:
     tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in own_tensors(model).items()}
     partial = folder / f".weights.{os.getpid()}.partial"
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
         sha256 = digest(partial)
         weights = folder / f"audiopress-{sha256[:12]}.safetensors"
         _publish(partial, weights)
         manifest = {
             "format": FORMAT,
             "base": {"name": model.base, **fingerprint(model.thinker)},
-            "compressor": None if model.compressor is None else model.compressor.describe(),
-            "positions": model.positions,
-            "adapter": model.adapter,
-            "projector": model.trains_projector,
-            "ctc": model.alignment is not None,
+            **variant(model),
             "weights": weights.name,
             "sha256": sha256,
         }
@@ -140,6 +148,14 @@ def check_base(expected: dict[str, Any], thinker: nn.Module, directory: str | os
         raise ValueError(
             f"{directory} was trained on another base model ({expected['name']!r}): {'; '.join(differing)}"
         )
+
+
+def check_variant(manifest: dict[str, Any], model: CompressedOmni, directory: str | os.PathLike[str]) -> None:
+    """Raises ValueError unless a saved variant is of the model's kind, naming what differs."""
+    own = json.loads(json.dumps(variant(model)))  # tuples become lists
+    differing = [f"{key} {manifest[key]!r} != {own[key]!r}" for key in own if manifest[key] != own[key]]
+    if differing:
+        raise ValueError(f"{directory} is of another variant: {'; '.join(differing)}")
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
@@ -86,7 +86,7 @@ class CompressTrainer(Trainer):
     def __init__(self, *args: Any, on_skip: Callable[[str, str], None] = log.warning, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.on_skip = on_skip
-        self.parts: dict[str, list[float]] = {}
+        self.parts: dict[str, float] = {}  # summed since the last entry of the log
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         for name, reason in inputs.pop("skipped", ()):
@@ -110,14 +110,19 @@ class CompressTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             for name, value in outputs["losses"].items():
-                self.parts.setdefault(name, []).append(float(value.detach()))
+                self.parts[name] = self.parts.get(name, 0.0) + float(value.detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean of every part of the loss since the last entry."""
+        """Adds the share that every part has in the loss, over all processes and accumulated batches."""
         if "loss" in logs:
-            logs |= {f"loss_{name}": statistics.mean(values) for name, values in self.parts.items()}
-            self.parts.clear()
+            everywhere = gather_object([self.parts])
+            sums = {
+                name: sum(parts.get(name, 0.0) for parts in everywhere) for name in sorted(set().union(*everywhere))
+            }
+            whole = sum(sums.values()) or 1.0
+            logs |= {f"loss_{name}": logs["loss"] * value / whole for name, value in sums.items()}
+            self.parts = {}
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -126,6 +131,7 @@ class CompressTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         manifest = storage.read_manifest(resume_from_checkpoint)
         storage.check_base(manifest["base"], self.model.thinker, resume_from_checkpoint)
+        storage.check_variant(manifest, self.model, resume_from_checkpoint)
         storage.load_weights(self.model, resume_from_checkpoint, manifest)
 
 
