@@ -36,8 +36,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 
 import audiopress
-from audiopress.benchmarks.evaluate import evaluate, to_device, usable, with_other_audio
-from audiopress.benchmarks.report import draw, peak_memory, row, table
+from audiopress.benchmarks.report import draw, environment, peak_memory, row, table
+from audiopress.benchmarks.scoring import evaluate, to_device, usable, with_other_audio
 from audiopress.compression import Compressor
 from audiopress.data.collator import Encoder, OmniCollator, RecordDataset
 from audiopress.data.longvale import load_dialogues
@@ -434,6 +434,7 @@ def main(argv: list[str]) -> None:
         "the same, shuffled audio": score(model, with_other_audio(test, encoder), name="shuffled audio"),
     }
     summary = {
+        "environment": environment(model.device),
         "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
         "peak_memory_gb": peak_memory(model.device) / 1e9,
         "minutes": (time.perf_counter() - started) / 60,

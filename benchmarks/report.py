@@ -1,15 +1,26 @@
-"""What a run leaves for people to read: a table, JSON files and pictures."""
+"""What a run leaves for people to read: a table, JSON files and pictures.
+
+python benchmarks/report.py runs/pooling             # prints the table of a run
+python benchmarks/report.py runs/pooling --readme    # puts it, its pictures and its JSON into the repository
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import platform
+import shutil
+import subprocess
 import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from audiopress.benchmarks.evaluate import Evaluation, to_device
 from audiopress.benchmarks.plots import plot_tokens, plot_training
+from audiopress.benchmarks.scoring import Evaluation, to_device
 from audiopress.compression import TokenStream
 from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.media import read_audio
@@ -73,3 +84,60 @@ def draw(
         folder / "tokens.png",
         text=record.reference,
     )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Gives what a number depends on besides the settings: time, commit, versions and machine."""
+    root = Path(__file__).parents[1]
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {
+        "schema": 1,
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def publish(run: Path, root: Path) -> None:
+    """Puts a run's table between README.md's result marks, and its JSON and pictures beside it.
+
+    Raises:
+        ValueError: README.md lacks the marks.
+    """
+    summary = json.loads((run / "results.json").read_text())
+    readme = root / "README.md"
+    before, opening, rest = readme.read_text().partition("<!-- results -->\n")
+    _, closing, after = rest.partition("<!-- /results -->")
+    if not closing:
+        raise ValueError(f"{readme} lacks the marks <!-- results --> and <!-- /results -->")
+    readme.write_text(f"{before}{opening}{table(summary)}\n\n{closing}{after}")
+    for folder, names in (("results", ["results.json"]), ("pictures", ["tokens.png", "training.png"])):
+        target = root / "benchmarks" / folder
+        target.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy(run / name, target / name.replace("results.json", "first_run.json"))
+
+
+def main() -> None:
+    """Prints, or publishes, the report of a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the output directory of train_compress.py")
+    parser.add_argument("--readme", action="store_true", help="publish it in the repository")
+    args = parser.parse_args()
+    try:
+        print(table(json.loads((args.run / "results.json").read_text())))
+        if args.readme:
+            publish(args.run, Path(__file__).parents[1])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
