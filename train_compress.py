@@ -46,7 +46,7 @@ from audiopress.data.skips import SkipLog
 from audiopress.data.speech import LANGUAGES, folder_records, speech_records
 from audiopress.models import CompressedOmni, storage
 from audiopress.models.encoders import hidden_audio
-from audiopress.models.loading import OMNI_SMALL, build_for
+from audiopress.models.loading import build_for, is_omni_small
 from audiopress.models.omni import TRAINABLE
 from audiopress.models.packages import FetchError
 from audiopress.models.training import CompressTrainer, RunCallback, last_checkpoint, warm_up
@@ -71,7 +71,9 @@ CTC_WARMUP_STEPS = 300  # of 16 utterances, measured: at 150 the LLM hears littl
 class ModelArguments:
     """What is trained."""
 
-    model: str = field(default="omni-small", metadata={"help": "omni-small, or path or hub name of Qwen2.5-Omni."})
+    model: str = field(
+        default="omni-small", metadata={"help": "omni-small, omni-small:hub, or path or hub name of Qwen2.5-Omni."}
+    )
     compressor: str = field(default="pooling", metadata={"help": "NAME, NAME:PRESET or NAME+NAME; see the README."})
     keep_ratio: float | None = field(
         default=None, metadata={"help": "Audio tokens out / in, in (0, 1]. Default: the method's or preset's own."}
@@ -140,7 +142,7 @@ class DataArguments:
 class RunArguments(TrainingArguments):
     """transformers' own, with the owner's recipe as defaults."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Default: runs/COMPRESSOR."})
+    output_dir: str = field(default="", metadata={"help": "Default: runs/COMPRESSOR."})
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 16
     learning_rate: float = field(default=1e-4, metadata={"help": "Of the adapter. For packaged speech: 1e-3."})
@@ -187,7 +189,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]
         parser.set_defaults(**FIRST_RUN)
     parser.set_defaults(**{key: None for key, value in config.items() if value is None})
     argv = [text for key, value in config.items() for text in as_arguments(key, value)] + argv
-    return parser.parse_args_into_dataclasses(argv)
+    model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    args.output_dir = args.output_dir or str(Path("runs", model_args.compressor.replace(":", "-")))
+    return model_args, data_args, args
 
 
 def as_arguments(key: str, value: Any) -> list[str]:
@@ -288,7 +292,7 @@ def what_to_train(model: CompressedOmni, asked: list[str]) -> set[str]:
     names = {"adapter"}
     if model.own_parameters("compressor"):
         names.add("compressor")
-    if model.base == OMNI_SMALL:
+    if is_omni_small(model.base):
         names.add("projector")
     return names
 
@@ -345,8 +349,7 @@ def main(argv: list[str]) -> None:
     if unknown := set(model_args.train) - {"auto", *TRAINABLE}:
         raise ValueError(f"--train takes auto, {', '.join(TRAINABLE)}, got {', '.join(sorted(unknown))}")
     skips = SkipLog(data_args.strict)
-    folder = Path(args.output_dir or Path("runs", model_args.compressor.replace(":", "-")))
-    args.output_dir = str(folder)
+    folder = Path(args.output_dir)
     checkpoint = last_checkpoint(folder) if args.resume else None
     if args.resume and checkpoint is None:
         log.warning("there is no complete checkpoint in %s: starting anew", folder)
@@ -411,8 +414,10 @@ def main(argv: list[str]) -> None:
         print(yaml.safe_dump(config, sort_keys=False, width=110), end="")
         print(parameter_counts(model))
     collate = OmniCollator(processor.tokenizer.pad_token_id)
+    warmup_losses: list[float] = []
     if warmup and checkpoint is None:
-        warm_up(model, dataset, collate, steps=warmup, learning_rate=args.warmup_learning_rate, seed=args.seed)
+        rate_and_seed = {"learning_rate": args.warmup_learning_rate, "seed": args.seed}
+        warmup_losses = warm_up(model, dataset, collate, steps=warmup, **rate_and_seed)
     clock = RunCallback()
     trainer = CompressTrainer(
         model,
@@ -441,6 +446,7 @@ def main(argv: list[str]) -> None:
         "skipped": skips.skipped,
         "compressor": compressor.describe(),
         "results": {name: row(result) for name, result in results.items()},
+        "warm_up_losses": [round(loss, 4) for loss in warmup_losses],
         "config": config,
     }
     storage.write_json(summary, folder / "results.json")

@@ -83,7 +83,7 @@ def warm_up(
 class CompressTrainer(Trainer):
     """Trainer that saves only what is ours, gives the connector its own learning rate and logs the loss in parts."""
 
-    def __init__(self, *args: Any, on_skip: Callable[[str, str], None] = log.warning, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_skip: Callable[[str, str], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.on_skip = on_skip
         self.parts: dict[str, float] = {}  # summed since the last entry of the log

@@ -604,3 +604,23 @@ def test_a_full_disk_leaves_the_old_variant(config, variant):
     assert "Traceback" not in done.stderr
     assert content(variant) == before
     audiopress.load(variant, device="cpu")
+
+
+def test_defaults_are_a_first_run_on_speech_and_the_recipe_elsewhere(monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    parse = runpy.run_path(str(SCRIPT))["parse"]
+    model, _, first = parse(["--use-cpu", "--compressor", "stacking:slam-asr"])
+    assert first.output_dir == os.path.join("runs", "stacking-slam-asr")
+    assert (first.learning_rate, first.max_steps, first.per_device_train_batch_size) == (1e-3, 32, 8)
+    _, _, recipe = parse(["--use-cpu", "--data", "longvale.json", "--output-dir", "mine"])
+    assert recipe.output_dir == "mine"
+    assert (recipe.learning_rate, recipe.num_train_epochs, recipe.per_device_train_batch_size) == (1e-4, 2, 1)
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (16, 16, 0.05)
+
+
+def test_the_longvale_recipe_holds_valid_options(monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    parse = runpy.run_path(str(SCRIPT))["parse"]
+    recipe = SCRIPT.parent / "benchmarks" / "configs" / "longvale.yaml"
+    model, data, args = parse([str(recipe), "--use-cpu", "--keep-ratio", "0.25"])
+    assert (model.keep_ratio, data.data, args.learning_rate) == (0.25, "longvale-sft-bp-7k.json", 1e-4)
