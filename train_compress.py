@@ -348,6 +348,8 @@ def main(argv: list[str]) -> None:
     options = method_options(model_args)
     if unknown := set(model_args.train) - {"auto", *TRAINABLE}:
         raise ValueError(f"--train takes auto, {', '.join(TRAINABLE)}, got {', '.join(sorted(unknown))}")
+    if Path(model_args.model, storage.MANIFEST).is_file():
+        raise ValueError(f"--model {model_args.model} is a saved variant: give its base model, or --resume a run")
     skips = SkipLog(data_args.strict)
     folder = Path(args.output_dir)
     checkpoint = last_checkpoint(folder) if args.resume else None

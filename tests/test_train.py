@@ -483,6 +483,12 @@ def test_bad_options_are_told_before_the_model_is_opened(error, config, variant,
     assert content(variant) == before
 
 
+def test_a_saved_variant_is_no_base(error, config, variant, tmp_path):
+    line, opened = error(config, "--model", variant, "--output-dir", tmp_path / "out")
+    assert "is a saved variant: give its base model" in line
+    assert not opened
+
+
 BAD_FILES = {
     "keep_ration: 0.5": "has an unknown key 'keep_ration'; did you mean keep_ratio",
     "max_steps: many": "argument --max.steps.*: invalid int value: 'many'",
