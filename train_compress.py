@@ -118,7 +118,9 @@ class DataArguments:
         default_factory=lambda: ["en"], metadata={"help": f"Of {', '.join(LANGUAGES)}.", "nargs": "+"}
     )
     min_words: int = field(default=1, metadata={"help": "Shorter utterances are left out."})
-    max_utterance_seconds: float | None = field(default=6.0, metadata={"help": "Longer utterances are left out."})
+    max_utterance_seconds: float | None = field(
+        default=6.0, metadata={"help": "Longer utterances of the packaged speech are left out."}
+    )
     eval_data: str | None = field(default=None, metadata={"help": "Held-out dialogues. Default: the last 5 %%."})
     video_dir: str | None = None
     audio_dir: str | None = field(default=None, metadata={"help": "Extracted audio; default: the videos' own."})
