@@ -346,7 +346,6 @@ def main(argv: list[str]) -> None:
     """Runs the whole job."""
     started = time.perf_counter()
     model_args, data_args, args = parse(argv)
-    transformers.set_seed(args.seed)
     options = method_options(model_args)
     if unknown := set(model_args.train) - {"auto", *TRAINABLE}:
         raise ValueError(f"--train takes auto, {', '.join(TRAINABLE)}, got {', '.join(sorted(unknown))}")
@@ -365,6 +364,7 @@ def main(argv: list[str]) -> None:
 
     say(2, f"opening {model_args.model}")
     model, processor = audiopress.load(model_args.model, device=args.device)
+    transformers.set_seed(args.seed)  # here, as assembling omni-small on first use draws random numbers too
     compressor = build_for(model.thinker, model_args.compressor, **options).to(model.device)
     with torch.device("meta"):  # worker processes take the encoder along: it must hold no weights
         budget = build_for(model.thinker, model_args.compressor, **options).budget
