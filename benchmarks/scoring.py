@@ -16,6 +16,7 @@ from audiopress.data.records import Record
 from audiopress.data.skips import SkipLog
 from audiopress.models import CompressedOmni
 from audiopress.models.layout import audio_lengths
+from audiopress.models.rewrite import IGNORE
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def evaluate(
     answers: dict[str, str] = {}
     for batch in tqdm(batches, desc=name, leave=False):
         inputs = to_device(right([sample for sample, _ in batch]), model.device)
-        count = int((inputs["labels"] != -100).sum())
+        count = int((inputs["labels"] != IGNORE).sum())
         loss += float(model(**inputs).loss) * count
         labelled += count
         prompts = to_device(left([encoder(record, prompt_only=True) for _, record in batch]), model.device)

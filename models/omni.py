@@ -297,16 +297,13 @@ class CompressedOmni(nn.Module):
         assert self.alignment is not None
         assert inputs.labels is not None
         special = torch.tensor(storage.eos_ids(self.thinker), device=inputs.labels.device)
-        rows = [row[is_audio].unique().tolist() for row, is_audio in self._clips(inputs.layout)]
+        heard = inputs.layout.kind == Kind.AUDIO.value
         targets = [inputs.labels.new_empty(0)] * len(audio.lengths)
-        for labels, clips in zip(inputs.labels, rows, strict=True):
+        for labels, clip, is_audio in zip(inputs.labels, inputs.layout.clip, heard, strict=True):
+            clips = clip[is_audio].unique().tolist()
             if len(clips) == 1:
                 targets[clips[0]] = labels[(labels != IGNORE) & ~torch.isin(labels, special)]
         return self.alignment(audio, targets, self.thinker.get_input_embeddings().weight)
-
-    @staticmethod
-    def _clips(layout: Layout) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(layout.clip, layout.kind == Kind.AUDIO.value, strict=True))
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
