@@ -11,6 +11,8 @@ from torch import nn
 from .base import Compressor, CompressorConfig, Context
 from .stream import TokenStream
 
+PER_TOKEN = {"encoder_hidden", "encoder_keys", "encoder_attention"}  # what belongs to the uncompressed tokens
+
 
 class Chain(Compressor):
     """Applies compressors in sequence. Slots stay those of the uncompressed clips, sizes add up, rates multiply.
@@ -32,17 +34,17 @@ class Chain(Compressor):
         for i, member in enumerate(members):
             if member.stage != "connector":
                 raise ValueError(f"Chain takes methods of stage 'connector', got {member.name} of {member.stage!r}")
-            if i and "encoder_hidden" in member.needs:
+            if i and (read := sorted(member.needs & PER_TOKEN)):
                 raise ValueError(
-                    f"{member.name} reads encoder_hidden, the uncompressed audio, so it must be the first of a Chain; "
-                    f"got it after {members[i - 1].name}"
+                    f"{member.name} reads {', '.join(read)}, of the uncompressed audio, so it must be the first of a "
+                    f"Chain; got it after {members[i - 1].name}"
                 )
         ratio = math.prod(member.config.keep_ratio for member in members)
-        super().__init__(CompressorConfig(keep_ratio=ratio), members[0].hidden_size, members[0].encoder_size)
+        super().__init__(CompressorConfig(keep_ratio=ratio), members[0].sizes)
         self.members = nn.ModuleList(members)
         self.name = "+".join(member.name for member in members)  # type: ignore[misc]
         self.trained = any(member.trained for member in members)
-        self.query_aware = any(member.query_aware for member in members)  # type: ignore[misc]
+        self.query_aware = any(member.query_aware for member in members)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -54,6 +56,25 @@ class Chain(Compressor):
         for member in self.members:
             lengths = member.budget(lengths)  # type: ignore[operator]
         return tuple(lengths)
+
+    def at(self, keep_ratio: float) -> Compressor:
+        """Raises ValueError: one ratio does not say how several methods share it."""
+        raise ValueError(f"{self.name} is a chain: one keep_ratio does not say how its members share it")
+
+    def initialize(self, language_model: nn.Module) -> None:
+        """Initializes the members."""
+        for member in self.members:
+            member.initialize(language_model)  # type: ignore[operator]
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether any member is."""
+        return any(member.adaptive for member in self.members)
+
+    @property
+    def proportional_attention(self) -> bool:
+        """Whether any member asks for it."""
+        return any(member.proportional_attention for member in self.members)
 
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Applies the members."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels import positions, segment_centres, unfold
-from .base import CompressorConfig, Context, check_choice, check_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count
 from .budget import window_budget
 from .frames import FrameCompressor, FrameConfig, fixed_windows
 from .registry import register
@@ -172,10 +172,10 @@ class Conv(FrameCompressor):
     summary = "strided convolutions, with or without Transformer layers"
     differs = "clips never see one another or padding; LayerNorm for BatchNorm"
 
-    def __init__(self, config: CompressorConfig, hidden_size: int, encoder_size: int | None = None) -> None:
-        super().__init__(config, hidden_size, encoder_size)
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
         c, size = self.config, self.frame_size
-        width = {"llm": hidden_size, "input": size, "double": 2 * size}[c.channels]
+        width = {"llm": sizes.hidden_size, "input": size, "double": 2 * size}[c.channels]
         before = {"left": c.kernel_size - 1, "right": 0, "both": (c.kernel_size - 1) // 2}[c.padding]
         strides = (1,) * c.stem + c.strides
         self.convs = nn.ModuleList(
@@ -185,7 +185,7 @@ class Conv(FrameCompressor):
         self.norms = nn.ModuleList(nn.LayerNorm(width) if c.norm else nn.Identity() for _ in strides)
         self.activation = ACTIVATIONS[c.activation]()
         self.transformer = ClipTransformer(width, c.layers, c.heads, c.ffn_size, c.dropout) if c.layers else None
-        self.project = nn.Identity() if c.channels == "llm" else nn.Linear(width, hidden_size)
+        self.project = nn.Identity() if c.channels == "llm" else nn.Linear(width, sizes.hidden_size)
 
     def budget(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Gives the windows of `prod(strides)` frames in each clip, an incomplete last one included."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import clip_ids, positions
-from .base import Compressor, CompressorConfig, Context, check_choice, check_finite
+from .base import Compressor, CompressorConfig, Context, Sizes, check_choice, check_finite
 from .budget import check_keep_ratio
 from .stream import TokenStream
 
@@ -82,9 +82,9 @@ class FrameCompressor(Compressor):
     config_class: ClassVar[type[CompressorConfig]] = FrameConfig
     config: FrameConfig
 
-    def __init__(self, config: CompressorConfig, hidden_size: int, encoder_size: int | None = None) -> None:
-        super().__init__(config, hidden_size, encoder_size)
-        if self.config.source == "hidden" and encoder_size is None:
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        if self.config.source == "hidden" and sizes.encoder_size is None:
             raise ValueError(f"{self.name} with source='hidden' needs encoder_size, the width of the audio tower")
 
     @property

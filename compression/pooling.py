@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import segment_centres, segment_mean, segment_reduce, segment_softmax
-from .base import CompressorConfig, Context, check_choice, check_count, parameter_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count, parameter_count
 from .budget import token_budget, window_budget
 from .frames import FrameCompressor, FrameConfig, even_windows, fixed_windows
 from .registry import register
@@ -72,11 +72,11 @@ class Pooling(FrameCompressor):
     summary = "mean, max or attentive pooling of windows"
     differs = "pools after the tower's last LayerNorm"
 
-    def __init__(self, config: CompressorConfig, hidden_size: int, encoder_size: int | None = None) -> None:
-        super().__init__(config, hidden_size, encoder_size)
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
         self.query = nn.Parameter(torch.zeros(self.frame_size)) if self.config.kind == "attentive" else None
         self.project = (
-            nn.Sequential(nn.LayerNorm(self.frame_size), nn.Linear(self.frame_size, hidden_size))
+            nn.Sequential(nn.LayerNorm(self.frame_size), nn.Linear(self.frame_size, sizes.hidden_size))
             if self.config.source == "hidden"
             else nn.Identity()
         )

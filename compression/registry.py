@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .base import Compressor, Stage, parameter_count
+from .base import Compressor, LLMShape, Sizes, Stage, parameter_count
 from .chain import Chain
 
 C = TypeVar("C", bound=Compressor)
@@ -72,21 +72,25 @@ def available() -> dict[str, MethodInfo]:
     return {name: _info(cls) for name, cls in sorted(_METHODS.items())}
 
 
-def build(name: str, *, hidden_size: int, encoder_size: int | None = None, **options: Any) -> Compressor:
+def build(
+    name: str, *, hidden_size: int, encoder_size: int | None = None, llm: LLMShape | None = None, **options: Any
+) -> Compressor:
     """Builds a compressor.
 
     Args:
         name: "method", "method:preset", or several of them joined by "+", applied from left to right.
         hidden_size: D, the width of the LLM's embeddings.
         encoder_size: the width of the audio tower's states, for methods that read them.
+        llm: the LLM's shape, for methods with layers like its own.
         **options: the method's; they go before the preset's, and a rate (`keep_ratio`, `k`, ...) replaces the preset's
             rate however it is spelt. Of several methods: one mapping per method, as in `pooling={"k": 2}`.
 
     Raises:
         ValueError: the method, the preset, an option or its value does not exist; the message lists those that do.
     """
+    sizes = Sizes(hidden_size, encoder_size, llm)
     if "+" in name:
-        return _build_chain(name.split("+"), hidden_size, encoder_size, options)
+        return _build_chain(name.split("+"), sizes, options)
     family, _, preset = name.partition(":")
     cls = _METHODS[_known("method", family, _METHODS)]
     if ":" in name:
@@ -94,7 +98,7 @@ def build(name: str, *, hidden_size: int, encoder_size: int | None = None, **opt
         replaced = cls.config_class.rate_options if given & cls.config_class.rate_options else frozenset()
         base = cls.presets[_known(f"preset of {family}", preset, cls.presets)]
         options = {key: value for key, value in base.items() if key not in replaced} | options
-    return cls(cls.config_class.from_options(family, options), hidden_size, encoder_size)
+    return cls(cls.config_class.from_options(family, options), sizes)
 
 
 def from_description(description: Mapping[str, Any]) -> Compressor:
@@ -102,11 +106,17 @@ def from_description(description: Mapping[str, Any]) -> Compressor:
     if "members" in description:
         return Chain([from_description(member) for member in description["members"]])
     sizes = {key: description[key] for key in ("hidden_size", "encoder_size")}
-    return build(description["name"], **sizes, **description["options"])
+    llm = description["llm"]
+    if llm is not None:
+        llm = LLMShape(**llm | {"rope_sections": tuple(llm["rope_sections"])})  # JSON knows no tuples
+    return build(description["name"], **sizes, llm=llm, **description["options"])
 
 
-def markdown_table(hidden_size: int = 3584, encoder_size: int = 1280) -> str:
-    """Gives the README's table: one row per method and preset, at the widths of Qwen2.5-Omni-7B by default."""
+QWEN_7B = Sizes(3584, 1280, LLMShape(28, 4, 128, 18944, 1e6, (16, 24, 24)))
+
+
+def markdown_table() -> str:
+    """Gives the README's table: one row per method and preset, at the sizes of Qwen2.5-Omni-7B."""
     rows = [
         "| method | what it does | tokens/s | trained | stage | reads | sees the question | paper (arXiv) |",
         "|---|---|---|---|---|---|---|---|",
@@ -114,7 +124,7 @@ def markdown_table(hidden_size: int = 3584, encoder_size: int = 1280) -> str:
     for family, info in available().items():
         for name in (family, *(f"{family}:{preset}" for preset in info.presets)):
             with torch.device("meta"):
-                made = build(name, hidden_size=hidden_size, encoder_size=encoder_size)
+                made = build(name, hidden_size=QWEN_7B.hidden_size, encoder_size=QWEN_7B.encoder_size, llm=QWEN_7B.llm)
             cells = (
                 f"`{name}`",
                 info.summary if name == family else "",
@@ -131,13 +141,13 @@ def markdown_table(hidden_size: int = 3584, encoder_size: int = 1280) -> str:
 
 def _info(cls: type[Compressor]) -> MethodInfo:
     with torch.device("meta"):
-        default = cls(cls.config_class(), hidden_size=64, encoder_size=64)
+        default = cls(cls.config_class(), Sizes(64, 64, LLMShape(4, 2, 16, 128, 1e6, (2, 3, 3))))
     return MethodInfo(
         presets=tuple(cls.presets),
-        stage=cls.stage,
+        stage=default.stage,
         needs=default.needs,
         trained=default.trained,
-        query_aware=cls.query_aware,
+        query_aware=default.query_aware,
         paper=cls.paper,
         summary=cls.summary,
         differs=cls.differs,
@@ -154,9 +164,7 @@ def _known(kind: str, name: str, known: Collection[str]) -> str:
     raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(sorted(known)) or 'none'}{hint}")
 
 
-def _build_chain(
-    names: list[str], hidden_size: int, encoder_size: int | None, options: Mapping[str, Mapping[str, Any]]
-) -> Chain:
+def _build_chain(names: list[str], sizes: Sizes, options: Mapping[str, Mapping[str, Any]]) -> Chain:
     families = [name.partition(":")[0] for name in names]
     whole = "+".join(names)
     if len(set(families)) < len(families):
@@ -168,7 +176,9 @@ def _build_chain(
             )
     return Chain(
         [
-            build(name, hidden_size=hidden_size, encoder_size=encoder_size, **options.get(family, {}))
+            build(
+                name, **{f.name: getattr(sizes, f.name) for f in dataclasses.fields(sizes)}, **options.get(family, {})
+            )
             for name, family in zip(names, families, strict=True)
         ]
     )

@@ -11,7 +11,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..kernels import segment_centres, segment_mean, unfold
-from .base import CompressorConfig, Context, check_choice, check_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count
 from .budget import window_budget
 from .frames import FrameCompressor, FrameConfig, fixed_windows
 from .registry import register
@@ -74,11 +74,11 @@ class Stacking(FrameCompressor):
     summary = "k frames side by side, then an MLP"
     differs = "keeps the incomplete last window"
 
-    def __init__(self, config: CompressorConfig, hidden_size: int, encoder_size: int | None = None) -> None:
-        super().__init__(config, hidden_size, encoder_size)
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
         stacked = self.config.k if self.config.combine == "stack" else 1
-        self.mlp = Mlp(stacked * self.frame_size, self.config.mlp_size, hidden_size, act_layer=nn.ReLU)
-        self.norm = nn.LayerNorm(hidden_size) if self.config.norm else nn.Identity()
+        self.mlp = Mlp(stacked * self.frame_size, self.config.mlp_size, sizes.hidden_size, act_layer=nn.ReLU)
+        self.norm = nn.LayerNorm(sizes.hidden_size) if self.config.norm else nn.Identity()
 
     def budget(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Gives the windows of k frames in each clip."""

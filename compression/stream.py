@@ -24,6 +24,7 @@ class TokenStream:
             inside a clip. Default: 0, 1, 2, ... in each clip.
         sizes: `[N]` float32, how many original tokens each token stands for. Default: 1.
         losses: named scalar auxiliary losses a compressor adds, already weighted.
+        prompt: `[T, D]`, the tokens of `Context.prompt` as a joint method rewrote them; None where it did not.
 
     Raises:
         ValueError: a shape does not fit `lengths`.
@@ -34,6 +35,7 @@ class TokenStream:
     slots: Tensor = None  # type: ignore[assignment]  # filled in below
     sizes: Tensor = None  # type: ignore[assignment]
     losses: dict[str, Tensor] = field(default_factory=dict)
+    prompt: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(int(n) for n in self.lengths))

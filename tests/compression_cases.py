@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from audiopress import Compressor, Context, TokenStream, build
+from audiopress.compression.base import LLMShape, Prompt, Scene
 
 HIDDEN_SIZE, ENCODER_SIZE = 12, 8
+LLM = LLMShape(heads=3, kv_heads=1, head_size=4, mlp_size=16, rope_theta=1e4, rope_sections=(1, 1, 0))
 HIDDEN = frozenset({"encoder_hidden"})
 
 
@@ -23,12 +26,14 @@ class Case:
         options: of the method; small widths, so that the suite is quick.
         needs: what the method must say it reads.
         covers: whether it merges all tokens, so that sizes sum to the clip's length.
+        compares: whether it chooses by comparing numbers, so that bf16 may choose otherwise than float32.
     """
 
     name: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     covers: bool = True
+    compares: bool = False
 
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
@@ -36,7 +41,7 @@ class Case:
     def build(self, **options: Any) -> Compressor:
         """Builds it with the same weights on every call."""
         torch.manual_seed(0)
-        sizes = {"hidden_size": HIDDEN_SIZE, "encoder_size": ENCODER_SIZE}
+        sizes = {"hidden_size": HIDDEN_SIZE, "encoder_size": ENCODER_SIZE, "llm": LLM}
         return build(self.name, **sizes, **self.options | options).eval()
 
 
@@ -83,12 +88,116 @@ CASES = [
 
 def make_stream(lengths: Sequence[int], seed: int = 0) -> TokenStream:
     """Random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return TokenStream(torch.randn(sum(lengths), HIDDEN_SIZE, generator=generator), tuple(lengths))
+    return make_inputs(lengths, seed)[0]
 
 
 def make_context(lengths: Sequence[int], seed: int = 0) -> Context:
-    """Everything a method may read; the tower gives every second clip its odd trailing state."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    states = tuple(2 * n + i % 2 for i, n in enumerate(lengths))
-    return Context(TokenStream(torch.randn(sum(states), ENCODER_SIZE, generator=generator), states), seed=seed)
+    """Everything a method may read."""
+    return make_inputs(lengths, seed)[1]
+
+
+def make_inputs(lengths: Sequence[int], seed: int = 0) -> tuple[TokenStream, Context]:
+    """Random tokens and everything a method may read of them."""
+    return join([make_clip(n, seed, i) for i, n in enumerate(lengths)])
+
+
+def make_clip(n: int, seed: int = 0, number: int = 0) -> tuple[TokenStream, Context]:
+    """One clip of `n` tokens; the tower gives every second clip its odd trailing state.
+
+    As a joint stream, each second third of its tokens are video, frames of four tokens, two by two.
+    """
+    generator = torch.Generator().manual_seed(1000 * seed + number)
+
+    def random(rows: int, width: int) -> TokenStream:
+        return TokenStream(torch.randn(rows, width, generator=generator), (rows,))
+
+    states, words, frames = 2 * n + number % 2, 3 + number % 3, 2 + number % 4
+    slots = torch.arange(n)
+    is_video = slots // 4 % 3 == 1
+    frame, place = slots // 12, slots % 4
+    time = torch.where(is_video, frame * 12, slots)
+    scene = Scene(
+        is_video=is_video,
+        seconds=time / 25,
+        positions=10
+        + torch.stack([time, torch.where(is_video, place // 2, time), torch.where(is_video, place % 2, time)]),
+        sources=torch.zeros(n, dtype=torch.long),
+    )
+    context = Context(
+        encoder_hidden=random(states, ENCODER_SIZE),
+        encoder_keys=random(states, ENCODER_SIZE),
+        encoder_attention=torch.rand(n, generator=generator) + 0.5,
+        question=random(words, HIDDEN_SIZE),
+        prompt=Prompt(random(words + 5, HIDDEN_SIZE), torch.arange(words + 5).expand(3, -1)),
+        video=random(4 * frames, HIDDEN_SIZE),
+        video_seconds=(torch.arange(4 * frames) // 4).float(),
+        scene=scene,
+        first_layer=FirstLayer(),
+        seed=seed,
+    )
+    return random(n, HIDDEN_SIZE), context
+
+
+def join(clips: Sequence[tuple[TokenStream, Context]]) -> tuple[TokenStream, Context]:
+    """Packs clips to a batch."""
+    streams, contexts = [c[0] for c in clips], [c[1] for c in clips]
+
+    def pack(parts: list[TokenStream], width: int) -> TokenStream:
+        embeds = torch.cat([torch.empty(0, width), *(p.embeds for p in parts)])
+        return TokenStream(embeds, tuple(p.lengths[0] for p in parts))
+
+    def cat(parts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
+        return torch.cat([empty, *parts], dim=-1)
+
+    none, places = torch.empty(0, dtype=torch.long), torch.empty(3, 0, dtype=torch.long)
+    prompts, scenes = ([getattr(c, name) for c in contexts] for name in ("prompt", "scene"))
+    context = Context(
+        encoder_hidden=pack([c.encoder_hidden for c in contexts], ENCODER_SIZE),
+        encoder_keys=pack([c.encoder_keys for c in contexts], ENCODER_SIZE),
+        encoder_attention=cat([c.encoder_attention for c in contexts], torch.empty(0)),
+        question=pack([c.question for c in contexts], HIDDEN_SIZE),
+        prompt=Prompt(pack([p.stream for p in prompts], HIDDEN_SIZE), cat([p.positions for p in prompts], places)),
+        video=pack([c.video for c in contexts], HIDDEN_SIZE),
+        video_seconds=cat([c.video_seconds for c in contexts], torch.empty(0)),
+        scene=Scene(
+            is_video=cat([s.is_video for s in scenes], none.bool()),
+            seconds=cat([s.seconds for s in scenes], torch.empty(0)),
+            positions=cat([s.positions for s in scenes], places),
+            sources=cat([s.sources + i for i, s in enumerate(scenes)], none),
+        ),
+        first_layer=FirstLayer(),
+        seed=contexts[0].seed if contexts else 0,
+    )
+    return pack(streams, HIDDEN_SIZE), context
+
+
+class FirstLayer(nn.Module):
+    """What a method may read of the LLM's first layer, the same on every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            self.input_layernorm = nn.RMSNorm(HIDDEN_SIZE)
+            self.self_attn = nn.Module()
+            self.self_attn.head_dim = LLM.head_size
+            self.self_attn.q_proj = nn.Linear(HIDDEN_SIZE, LLM.heads * LLM.head_size)
+            self.self_attn.k_proj = nn.Linear(HIDDEN_SIZE, LLM.kv_heads * LLM.head_size)
+        self.requires_grad_(False)
+
+
+def to(context: Context, change: Callable[[torch.Tensor], torch.Tensor]) -> Context:
+    """Applies `change` to every tensor of a context, and to the weights of its layer."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        if isinstance(value, nn.Module):
+            return value._apply(change)
+        if dataclasses.is_dataclass(value):
+            return dataclasses.replace(
+                value, **{f.name: walk(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
+        return value
+
+    return walk(context)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from audiopress import Context, TokenStream, available
+from audiopress import TokenStream, available
 from audiopress.compression import from_description, markdown_table
 
-from .compression_cases import CASES, ENCODER_SIZE, HIDDEN_SIZE, Case, make_context, make_stream
+from .compression_cases import CASES, ENCODER_SIZE, HIDDEN_SIZE, Case, join, make_clip, make_inputs, make_stream, to
 
 LENGTHS = (7, 0, 23, 1, 2, 13)
 FIELDS = ("embeds", "slots", "sizes")
@@ -22,7 +23,7 @@ training_free = pytest.mark.parametrize("case", [c for c in CASES if not c.build
 
 
 def run(case: Case, lengths=LENGTHS, **options) -> TokenStream:
-    return case.build(**options)(make_stream(lengths), make_context(lengths))
+    return case.build(**options)(*make_inputs(lengths))
 
 
 def same(a: TokenStream, b: TokenStream) -> bool:
@@ -52,8 +53,8 @@ def test_declares_what_it_reads(case):
 @pytest.mark.parametrize("lengths", [(n,) for n in (0, 1, 2, 3, 5, 7, 31, 97, 750)] + [LENGTHS, (), (0, 0)])
 def test_budget_order_slots_and_sizes(case, lengths):
     compressor = case.build()
-    out = compressor(make_stream(lengths), make_context(lengths))
-    assert out.lengths == compressor.budget(lengths)
+    out = compressor(*make_inputs(lengths))
+    assert out.lengths == compressor.budget(lengths) or compressor.adaptive
     assert out.slots.dtype == torch.int64
     assert out.sizes.dtype == torch.float32
     assert out.embeds.shape == (sum(out.lengths), HIDDEN_SIZE)
@@ -75,25 +76,34 @@ def test_keep_ratio_is_what_comes_out_of_a_long_clip(case):
 
 
 @every
+def test_one_set_of_weights_serves_several_ratios_or_says_that_it_cannot(case):
+    compressor, refusal = case.build(), ""
+    try:
+        twin = compressor.at(0.5)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert "keep_ratio" in refusal
+        return
+    assert twin.budget((3000,)) == (1500,)
+    assert dict(twin.named_parameters()) == dict(compressor.named_parameters())
+    assert same(compressor(*make_inputs(LENGTHS)), run(case)), "the first one stays what it was"
+    assert twin(*make_inputs(LENGTHS)).lengths == twin.budget(LENGTHS) or twin.adaptive
+
+
+@every
 @pytest.mark.parametrize("clip", range(len(LENGTHS)))
 def test_other_clips_change_nothing(case, clip):
-    def mixed(stream: TokenStream, other: TokenStream) -> TokenStream:
-        parts = other.split()
-        parts[clip] = stream.split()[clip]
-        return stream.replace(embeds=torch.cat([part.embeds for part in parts]))
-
-    context, other = make_context(LENGTHS), make_context(LENGTHS, seed=9)
-    hidden = mixed(context.encoder_hidden, other.encoder_hidden)
-    out = case.build()(mixed(make_stream(LENGTHS), make_stream(LENGTHS, seed=9)), Context(hidden))
-    assert same(out.split()[clip], run(case).split()[clip])
+    others = [make_clip(n, 9 * (i != clip), i) for i, n in enumerate(LENGTHS)]
+    others[0][1].seed = 0  # the batch's
+    assert same(case.build()(*join(others)).split()[clip], run(case).split()[clip])
 
 
 @every
 def test_batch_equals_singletons(case):
-    compressor, stream, context = case.build(), make_stream(LENGTHS), make_context(LENGTHS)
-    out = compressor(stream, context)
-    for batched, clip, hidden in zip(out.split(), stream.split(), context.encoder_hidden.split(), strict=True):
-        alone = compressor(clip, Context(hidden))
+    compressor = case.build()
+    for i, batched in enumerate(run(case).split()):
+        alone = compressor(*make_clip(LENGTHS[i], 0, i))
         torch.testing.assert_close(batched.embeds, alone.embeds, rtol=1e-5, atol=1e-6)
         assert same(batched.replace(embeds=alone.embeds), alone)
         assert compressor.trained or same(batched, alone)
@@ -109,18 +119,19 @@ def test_identity_at_keep_ratio_one(case):
     compressor = case.build()
     options = {k: v for k, v in case.options.items() if k not in (*compressor.config.rate_options, "tail")}
     whole = Case(compressor.name, options | {"keep_ratio": 1}).build()
-    assert same(whole(make_stream(LENGTHS), make_context(LENGTHS)), make_stream(LENGTHS))
+    assert same(whole(*make_inputs(LENGTHS)), make_stream(LENGTHS))
 
 
 @every
 def test_gradients(case):
-    compressor, stream, context = case.build().train(), make_stream(LENGTHS), make_context(LENGTHS)
+    compressor, (stream, context) = case.build().train(), make_inputs(LENGTHS)
     assert compressor.trained == any(p.requires_grad for p in compressor.parameters())
     stream.embeds.requires_grad_(True)
     context.encoder_hidden.embeds.requires_grad_(True)
-    out = compressor(stream, context).embeds
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-    read = context.encoder_hidden.embeds if case.needs else stream.embeds
+    out = compressor(stream, context)
+    weights = torch.randn(out.embeds.shape, generator=torch.Generator().manual_seed(0))
+    ((out.embeds * weights).sum() + sum(out.losses.values())).backward()
+    read = context.encoder_hidden.embeds if "encoder_hidden" in case.needs else stream.embeds
     for name, tensor in [("input", read), *compressor.named_parameters()]:
         assert tensor.grad is not None, name
         assert tensor.grad.isfinite().all(), name
@@ -136,40 +147,38 @@ def test_save_and_load(case):
     description = json.loads(json.dumps(first.describe()))
     second = from_description(description).eval()
     second.load_state_dict(first.state_dict())
-    stream, context = make_stream(LENGTHS), make_context(LENGTHS)
-    assert same(first(stream, context), second(stream, context))
+    inputs = make_inputs(LENGTHS)
+    assert same(first(*inputs), second(*inputs))
     assert second.describe() == first.describe()
-
-
-def in_bf16(stream: TokenStream) -> TokenStream:
-    return stream.replace(embeds=stream.embeds.bfloat16())
 
 
 @every
 def test_bf16_and_autocast(case):
-    stream, context, want = make_stream(LENGTHS), make_context(LENGTHS), run(case)
-    half = case.build().bfloat16()(in_bf16(stream), Context(in_bf16(context.encoder_hidden)))
+    (stream, context), want = make_inputs(LENGTHS), run(case)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = case.build()(stream, context)
+    half = case.build().bfloat16()(
+        *(to(x, lambda t: t.bfloat16() if t.ndim == 2 and t.is_floating_point() else t) for x in (stream, context))
+    )
     assert (half.embeds.dtype, mixed.embeds.dtype) == (torch.bfloat16, torch.float32)
     for out in (half, mixed):
-        torch.testing.assert_close(out.embeds.float(), want.embeds, rtol=0.05, atol=0.05)
-        assert torch.equal(out.slots, want.slots)
+        assert out.lengths == want.lengths or case.build().adaptive
+        if torch.equal(out.slots, want.slots):  # what is chosen by comparison may fall out differently in bf16
+            torch.testing.assert_close(out.embeds.float(), want.embeds, rtol=0.05, atol=0.05)
+        else:
+            assert case.compares
 
 
 @every
 def test_strided_input(case):
-    stream, context = make_stream(LENGTHS), make_context(LENGTHS)
-    hidden = context.encoder_hidden
-    strided = stream.replace(embeds=stream.embeds.T.contiguous().T)
-    context = Context(hidden.replace(embeds=hidden.embeds.T.contiguous().T))
-    assert not strided.embeds.is_contiguous()
-    torch.testing.assert_close(case.build()(strided, context).embeds, run(case).embeds)
+    stream, context = (to(x, lambda t: t.T.contiguous().T if t.ndim == 2 else t) for x in make_inputs(LENGTHS))
+    assert not stream.embeds.is_contiguous()
+    torch.testing.assert_close(case.build()(stream, context).embeds, run(case).embeds)
 
 
 @every
 def test_clear_errors(case):
-    compressor, stream, context = case.build(), make_stream(LENGTHS), make_context(LENGTHS)
+    compressor, (stream, context) = case.build(), make_inputs(LENGTHS)
     broken = stream.embeds.clone()
     broken[30] = float("nan")  # 7 + 0 + 23 = 30: the only token of clip 3
     with pytest.raises(ValueError, match=r"clip 3 of 6 has NaN"):
@@ -178,25 +187,25 @@ def test_clear_errors(case):
         compressor(TokenStream(torch.zeros(4, 5), (4,)))
     for need in case.needs:
         with pytest.raises(ValueError, match=f"needs '{need}'"):
-            compressor(stream)
+            compressor(stream, dataclasses.replace(context, **{need: None}))
     if "encoder_hidden" in case.needs:
         hidden = context.encoder_hidden
         short = TokenStream(torch.zeros(8, ENCODER_SIZE), (8,))
         with pytest.raises(ValueError, match=r"must hold \[14, 0, 46, 2, 4, 26\] states .* got \[8\]"):
-            compressor(stream, Context(short))
+            compressor(stream, dataclasses.replace(context, encoder_hidden=short))
         with pytest.raises(ValueError, match=f"of width {ENCODER_SIZE} .* of width 3"):
-            compressor(stream, Context(hidden.replace(embeds=hidden.embeds[:, :3])))
+            compressor(stream, dataclasses.replace(context, encoder_hidden=hidden.replace(embeds=hidden.embeds[:, :3])))
         with pytest.raises(ValueError, match="clip 0 of 6 has NaN or infinite encoder_hidden"):
-            compressor(stream, Context(hidden.replace(embeds=hidden.embeds / 0)))
+            compressor(stream, dataclasses.replace(context, encoder_hidden=hidden.replace(embeds=hidden.embeds / 0)))
 
 
 @pytest.mark.gpu
 @every
 def test_gpu_equals_cpu(case):
-    stream, context, want = make_stream(LENGTHS), make_context(LENGTHS), run(case)
-    stream, hidden = (s.replace(**{f: getattr(s, f).cuda() for f in FIELDS}) for s in (stream, context.encoder_hidden))
+    want = run(case)
+    inputs = [to(x, lambda t: t.cuda()) for x in make_inputs(LENGTHS)]
     compressor = case.build().cuda()
-    out = compressor(stream, Context(hidden))
+    out = compressor(*inputs)
     torch.testing.assert_close(out.embeds.cpu(), want.embeds, rtol=1e-3, atol=1e-3)
     assert same(out.replace(embeds=want.embeds, slots=out.slots.cpu(), sizes=out.sizes.cpu()), want)
-    assert same(out, compressor(stream, Context(hidden)))
+    assert same(out, compressor(*inputs))
