@@ -2,14 +2,18 @@
 
 from .packed import clip_ids, offsets, positions, unfold
 from .segment import segment_centres, segment_mean, segment_reduce, segment_softmax
+from .select import adjacent_cosine, pad_clips, top_k
 
 __all__ = [
+    "adjacent_cosine",
     "clip_ids",
     "offsets",
+    "pad_clips",
     "positions",
     "segment_centres",
     "segment_mean",
     "segment_reduce",
     "segment_softmax",
+    "top_k",
     "unfold",
 ]

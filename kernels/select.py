@@ -1,0 +1,50 @@
+"""Choosing among packed tokens: the best of every clip, and how alike neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .packed import clip_ids, offsets, positions
+
+
+def top_k(scores: Tensor, lengths: Sequence[int], budget: Sequence[int]) -> Tensor:
+    """Gives the `budget[c]` best tokens of each clip, `[M]` int64 ascending; of equal scores the earliest win.
+
+    Args:
+        scores: `[N]`, larger is better, no NaN.
+        lengths: tokens per clip, C numbers that sum to N.
+        budget: tokens to keep of each clip, at most its length.
+    """
+    clips = clip_ids(lengths, scores.device)
+    by_score = torch.argsort(scores, descending=True, stable=True)
+    ranked = by_score[torch.argsort(clips[by_score], stable=True)]  # clip by clip, each from its best to its worst
+    kept = offsets(lengths)[clip_ids(budget)] + positions(budget)
+    return ranked[kept.to(scores.device)].sort().values
+
+
+def adjacent_cosine(embeds: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Gives the cosine between each token and the next of its clip, `[N]` float32; -inf at a clip's last token.
+
+    Args:
+        embeds: `[N, D]`; a token of zeros has cosine 0.
+        lengths: tokens per clip, C numbers that sum to N.
+    """
+    unit = functional.normalize(embeds.float(), dim=1)
+    cosine = functional.pad((unit[:-1] * unit[1:]).sum(dim=1), (0, min(1, len(embeds))), value=-torch.inf)
+    clips = clip_ids(lengths, embeds.device)
+    last = functional.pad(clips[1:] != clips[:-1], (0, min(1, len(embeds))), value=True)
+    return cosine.masked_fill(last, -torch.inf)
+
+
+def pad_clips(packed: Tensor, lengths: Sequence[int], value: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Gives packed rows `[N, ...]` as `[C, n, ...]` with n the longest clip's length, and which are real, `[C, n]` bool."""
+    longest = max(lengths, default=0)
+    real = torch.arange(longest) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    real = real.to(packed.device)
+    padded = packed.new_full((len(lengths), longest, *packed.shape[1:]), value)
+    padded[real] = packed
+    return padded, real
