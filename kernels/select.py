@@ -41,7 +41,7 @@ def adjacent_cosine(embeds: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def pad_clips(packed: Tensor, lengths: Sequence[int], value: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Gives packed rows `[N, ...]` as `[C, n, ...]` with n the longest clip's length, and which are real, `[C, n]` bool."""
+    """Pads packed rows `[N, ...]` to `[C, n, ...]`, n the longest clip; also gives which are real, `[C, n]` bool."""
     longest = max(lengths, default=0)
     real = torch.arange(longest) < torch.tensor(lengths, dtype=torch.long)[:, None]
     real = real.to(packed.device)
