@@ -1,11 +1,14 @@
 """Packed operations on token streams: a readable torch reference per operation."""
 
+from .attention import attention_received, block_attention
 from .packed import clip_ids, offsets, positions, unfold
 from .segment import segment_centres, segment_mean, segment_reduce, segment_softmax
 from .select import adjacent_cosine, pad_clips, top_k
 
 __all__ = [
     "adjacent_cosine",
+    "attention_received",
+    "block_attention",
     "clip_ids",
     "offsets",
     "pad_clips",

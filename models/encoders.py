@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..compression import Context, TokenStream
+from ..compression.encoder import EncoderMethod
 from ..compression.stream import clip_ids, positions
 from . import parts
 from .layout import audio_lengths
+from .tower import encoder_layers, finish, front, pack, run_layers
 
 
 def _features(output: Any) -> Tensor:
@@ -29,6 +31,7 @@ def encode_audio(
     feature_attention_mask: Tensor,
     needs: frozenset[str] = frozenset(),
     audio_hidden: Tensor | None = None,
+    method: EncoderMethod | None = None,
 ) -> tuple[TokenStream, Context]:
     """Runs the audio tower over all clips of a batch, or its last steps over states it gave before.
 
@@ -37,10 +40,12 @@ def encode_audio(
         input_features: `[C, mel, T]` log-mel, 100 frames per second, right-padded.
         feature_attention_mask: `[C, T]`, 1 at real frames.
         needs: what to capture on the way, as a compressor's `needs`.
-        audio_hidden: `[N, D_enc]`, what `hidden_audio` gave for these clips: then the layers are not run again.
+        audio_hidden: `[N, D_enc]`, what `hidden_audio` gave for these clips, these needs and this method: then the
+            layers before are not run again.
+        method: acts inside the tower.
 
     Returns:
-        The clips' tokens (25 per second, at the LLM's width) and the captured context.
+        The clips' tokens (25 per second, or what the method leaves, at the LLM's width) and the captured context.
 
     Raises:
         ValueError: a clip is too short to give a token, or the tower gives another number of tokens than its length
@@ -53,32 +58,63 @@ def encode_audio(
     tower = parts.audio_tower(thinker)
     frames = tuple(((mel_frames - 1) // 2 + 1).tolist())
     dtype, device = tower.conv1.weight.dtype, tower.conv1.weight.device
+    start = first_step(tower, needs, method)
+    captured: list[Any] = []
+    context = Context()
     # A projection that is trained is float32; beside a bfloat16 tower it takes part by autocast.
     with torch.autocast(device.type, dtype, enabled=tower.proj.weight.dtype != dtype):
-        if audio_hidden is not None:
-            hidden = audio_hidden.to(dtype)
-            features = tower.proj(tower.ln_post(pool_pairs(TokenStream(hidden, frames), lengths)))
-        else:
-            with _last_hidden(tower, "encoder_hidden" in needs) as captured:
+        if audio_hidden is None and start == len(tower.layers):
+            with _layer_input(tower, start, "encoder_hidden" in needs) as captured:
                 features = _features(
                     thinker.get_audio_features(
                         input_features.to(dtype), feature_attention_mask=feature_attention_mask, return_dict=True
                     )
                 )
+            audio = TokenStream(features, tuple(lengths))
             hidden = captured[0] if captured else None
-        context = Context()
+        else:
+            if audio_hidden is None:
+                audio_hidden = front(tower, input_features.to(dtype), mel_frames.tolist())
+                start = 0
+            states = pack(audio_hidden.to(dtype), frames, lengths, tower.n_window)
+            capture = needs & {"encoder_keys", "encoder_attention"}
+            states, kept = run_layers(tower, states, start, len(tower.layers), method, capture)
+            hidden = states.blocks.embeds
+            audio = finish(states, method)
+            audio = audio.replace(embeds=tower.proj(tower.ln_post(audio.embeds)))
+            if kept is not None and "encoder_keys" in needs:
+                context.encoder_keys = kept.keys
+            if kept is not None and kept.attention is not None:
+                received = kept.keys.replace(embeds=kept.attention[:, None])
+                context.encoder_attention = pool_pairs(received, lengths)[:, 0]
         if "encoder_hidden" in needs:
             context.encoder_hidden = TokenStream(tower.ln_post(hidden), frames)
-    return TokenStream(features, tuple(lengths)), context
+    return audio, context
+
+
+def first_step(tower: nn.Module, needs: frozenset[str], method: EncoderMethod | None) -> int:
+    """Gives the first layer that must be run step by step; as many as there are where none must."""
+    depth = len(tower.layers)
+    if method is not None:
+        return min(encoder_layers(method, tower), default=depth)
+    return depth - 1 if needs & {"encoder_keys", "encoder_attention"} else depth
 
 
 @torch.no_grad()
-def hidden_audio(thinker: nn.Module, input_features: Tensor, feature_attention_mask: Tensor) -> list[Tensor]:
-    """Gives each clip's states after the tower's last layer, `[N, D_enc]` at 50 per second, to be kept and used again.
+def hidden_audio(
+    thinker: nn.Module,
+    input_features: Tensor,
+    feature_attention_mask: Tensor,
+    needs: frozenset[str] = frozenset(),
+    method: EncoderMethod | None = None,
+) -> list[Tensor]:
+    """Gives each clip's states on their way through the tower, `[N, D_enc]` at 50 per second, to be used again.
 
-    Valid as long as nothing in front of the tower's final LayerNorm is trained or changed.
+    They are those after the last layer, or those that the first layer reads in which something is captured or a method
+    acts. Valid as long as nothing before that point is trained or changed.
     """
-    with _last_hidden(parts.audio_tower(thinker), True) as captured:
+    tower = parts.audio_tower(thinker)
+    with _layer_input(tower, first_step(tower, needs, method), True) as captured:
         encode_audio(thinker, input_features, feature_attention_mask)
     mel_frames = feature_attention_mask.sum(dim=1)
     return list(captured[0].split(((mel_frames - 1) // 2 + 1).tolist()))
@@ -101,18 +137,26 @@ def encode_image(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> 
 
 
 @contextmanager
-def _last_hidden(tower: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collects the output of the tower's last layer, `[N, D_enc]` at 50 per second, while the block runs."""
+def _layer_input(tower: nn.Module, layer: int, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collects what a layer of the tower reads, `[N, D_enc]` at 50 per second, while the block runs.
+
+    Of the layer after the last that is the last one's output.
+    """
     captured: list[Tensor] = []
-    if not wanted:
-        yield captured
-        return
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        captured.append(output if isinstance(output, Tensor) else output[0])
+    def keep(module: nn.Module, args: Any, output: Any = None) -> None:
+        states = args if output is None else output
+        captured.append(states if isinstance(states, Tensor) else states[0])
 
-    handle = tower.layers[-1].register_forward_hook(keep)
+    if wanted:
+        last = layer == len(tower.layers)
+        handle = (
+            tower.layers[-1].register_forward_hook(keep)
+            if last
+            else tower.layers[layer].register_forward_pre_hook(keep)
+        )
     try:
         yield captured
     finally:
-        handle.remove()
+        if wanted:
+            handle.remove()

@@ -1,0 +1,168 @@
+"""Segmentation of packed clips: the runs of neighbouring tokens with the least summed variance, for a given number of runs.
+
+The variance of a run is `sum(w * |x - mean|^2)`, and Ward's cost of joining the runs a and b is what that adds:
+`w_a w_b / (w_a + w_b) * |mean_a - mean_b|^2`. Both functions give run lengths, which `segment_mean` and
+`segment_centres` take. Everything is decided on differences of tokens, so that a large common offset costs no digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .packed import positions
+from .select import top_k
+
+
+def ward_greedy(
+    embeds: Tensor, weights: Tensor, lengths: Sequence[int], budget: Sequence[int], pooled: bool = False
+) -> Tensor:
+    """Joins neighbours from the bottom up until the budget is met; every smaller budget joins further.
+
+    The boundaries of greatest `ward_heights` stay; of equal ones the earliest.
+
+    Args:
+        embeds: `[N, D]`.
+        weights: `[N]`, positive.
+        lengths: tokens per clip, C numbers that sum to N.
+        budget: runs per clip, from one (none of none) to its length.
+        pooled: share the sum of the budget out among the clips by cost, at least one run each.
+
+    Returns:
+        Tokens per run, `[M]` int64 with M the sum of the budget; no run crosses from one clip into another.
+    """
+    heights = ward_heights(embeds, weights, lengths)
+    starts = top_k(heights, (len(embeds),), (sum(budget),)) if pooled else top_k(heights, lengths, budget)
+    return starts.diff(append=starts.new_tensor([len(embeds)]))
+
+
+def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Gives for every token the cost at which agglomeration joins it to the token before it.
+
+    Every clip is joined up to a single run, in parallel rounds: a round joins every pair of neighbouring runs whose
+    cost is a local minimum, and of a stretch of equal costs every second pair. Pairs that are each other's cheapest
+    neighbour are joined by the sequential algorithm, too, sooner or later (reciprocal nearest neighbours, Murtagh
+    1983), so its result for K runs is read off the heights: the K - 1 greatest are the boundaries. The two may differ
+    where a join brings its result nearer to a neighbour than either part was (a reversal).
+
+    Rounds are few (about 30 for 7,500 tokens of speech, 17 for 90,000 equal ones); a clip whose costs rise or fall
+    all along takes as many as it has tokens, each of a few pairs.
+
+    Returns:
+        `[N]` float64; infinite at a clip's first token; greater than every height inside the two joined runs.
+    """
+    means, weights = embeds.detach().float().clone(), weights.detach().double()
+    starts = torch.arange(len(embeds), device=embeds.device)  # of the runs, here and below [runs]
+    height = torch.zeros_like(weights)  # the greatest inside each run
+    heights = torch.full_like(weights, math.inf)
+
+    def costs(left: Tensor) -> Tensor:
+        a, b = weights[left], weights[left + 1]
+        distance = torch.linalg.vector_norm(means[starts[left]] - means[starts[left + 1]], dim=1)
+        return a * b / (a + b) * distance.double().square()
+
+    last = functional.pad(positions(lengths, embeds.device)[1:] == 0, (0, min(1, len(embeds))), value=True)
+    cost = torch.full_like(weights, math.inf)  # of joining each run with the next
+    inner = (~last).nonzero()[:, 0]
+    cost[inner] = costs(inner)
+    while True:
+        values, stretch, counts = cost.unique_consecutive(return_inverse=True, return_counts=True)
+        least = (values < functional.pad(values[:-1], (1, 0), value=math.inf)) & (
+            values < functional.pad(values[1:], (0, 1), value=math.inf)
+        )
+        rank = torch.arange(len(cost), device=cost.device) - (counts.cumsum(0) - counts)[stretch]
+        left = (least[stretch] & (rank % 2 == 0)).nonzero()[:, 0]
+        if len(left) == 0:
+            return heights
+        right = left + 1
+
+        share = weights[right] / (weights[left] + weights[right])
+        a, b = starts[left], starts[right]
+        means[a] = means[a].lerp(means[b], share[:, None].float())  # equal means stay what they are, bit for bit
+        below = torch.maximum(height[left], height[right])
+        heights[b] = torch.maximum(cost[left], below.nextafter(torch.full_like(below, math.inf)))
+
+        kept, changed = torch.ones_like(cost, dtype=torch.bool), torch.zeros_like(cost, dtype=torch.bool)
+        kept[right], changed[left] = False, True
+        weights, height = weights.clone(), height.clone()
+        weights[left] += weights[right]
+        height[left], cost[left] = heights[b], cost[right]
+        starts, weights, height, cost, changed = (x[kept] for x in (starts, weights, height, cost, changed))
+        changed[:-1] |= changed[1:].clone()
+        again = (changed & cost.isfinite()).nonzero()[:, 0]
+        cost[again] = costs(again)
+
+
+def ward_exact(
+    embeds: Tensor,
+    weights: Tensor,
+    lengths: Sequence[int],
+    budget: Sequence[int],
+    max_segment: int = 40,
+    pooled: bool = False,
+) -> Tensor:
+    """Gives the segmentation of least cost, by dynamic programming over runs of at most `max_segment` tokens.
+
+    The cap is raised to the least that meets every clip's budget. Of equal costs the runs at the end are longest. The
+    programme runs on the CPU; a clip of n tokens and K runs takes `K * (n - K) * max_segment` steps and, for a moment,
+    `8 * K * (n - K)` bytes.
+
+    Args:
+        embeds: `[N, D]`.
+        weights: `[N]`, positive.
+        lengths: tokens per clip, C numbers that sum to N.
+        budget: runs per clip, from one (none of none) to its length.
+        max_segment: tokens a run may have.
+        pooled: share the sum of the budget out among the clips by cost, at least one run each.
+
+    Returns:
+        Tokens per run, `[M]` int64 with M the sum of the budget; no run crosses from one clip into another.
+    """
+    cap = max([max_segment, *(-(-n // k) for n, k in zip(lengths, budget, strict=True) if k)])
+    costs = segment_costs(embeds, weights, lengths, min(cap, max(lengths, default=1))).cpu().numpy()
+    if pooled:
+        counts = _best_runs(costs, sum(budget))
+    else:
+        ends = np.cumsum([0, *lengths])
+        clips = [_best_runs(costs[:, a:b], k) for a, b, k in zip(ends[:-1], ends[1:], budget, strict=True)]
+        counts = np.concatenate([np.empty(0, dtype=np.int64), *clips])
+    return torch.from_numpy(counts).to(embeds.device)
+
+
+def segment_costs(embeds: Tensor, weights: Tensor, lengths: Sequence[int], most: int) -> Tensor:
+    """Gives the variance `sum(w * |x - mean|^2)` of every run of at most `most` tokens.
+
+    It is the sum over pairs of `w_i w_j |x_i - x_j|^2` by the sum of weights: terms that are never negative, so that
+    nothing cancels.
+
+    Returns:
+        `[most, N]` float64: at `[e, i]` that of tokens `i - e` to `i`; infinite where the run leaves the clip.
+    """
+    embeds, weights = embeds.detach().float(), weights.detach().double()
+    costs = torch.zeros(most, len(embeds), dtype=torch.double, device=embeds.device)
+    pairs, to_last, total = torch.zeros_like(weights), torch.zeros_like(weights), weights.clone()
+    for e in range(1, most):
+        distances = torch.linalg.vector_norm(embeds[e:] - embeds[:-e], dim=1).double().square()
+        to_last[e:] += weights[e:] * weights[:-e] * distances  # pairs of a run's last token with each before it
+        total[e:] += weights[:-e]
+        pairs = functional.pad(pairs[:-1], (1, 0)) + to_last
+        costs[e] = pairs / total
+    outside = torch.arange(most, device=embeds.device)[:, None] > positions(lengths, embeds.device)
+    return costs.masked_fill_(outside, math.inf)
+
+
+def _best_runs(costs: np.ndarray, runs: int) -> np.ndarray:
+    """Gives the lengths of the `runs` runs of least summed cost that cover all tokens; `costs` as in `segment_costs`.
+
+    A run is one token and some extra ones; `best[k][:, b]` is the least cost of k runs with b extra tokens.
+    """
+    most, spare = min(len(costs), costs.shape[1] - runs + 1), costs.shape[1] - runs
+    costs = np.ascontiguousarray(costs[most - 1 :: -1] if most else costs)  # the longest run first
+    best = np.full((runs + 1, most + spare), np.inf)  # before the first extra token, most - 1 columns of padding
+    best[0, most - 1] = 0
+    ...
