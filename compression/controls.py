@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..kernels import clip_ids, offsets, positions
+from ..kernels import clip_ids, evenly, offsets
 from .base import Compressor, CompressorConfig, Context
 from .registry import register
 from .stream import TokenStream
@@ -78,9 +78,6 @@ class UniformStride(Compressor):
     summary = "evenly spaced tokens"
 
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
-        """Selects; in whole numbers, so that nothing depends on rounding."""
+        """Selects."""
         budget = self.budget(stream.lengths)
-        clips = clip_ids(budget)
-        n, m = (torch.tensor(x, dtype=torch.long)[clips] for x in (stream.lengths, budget))
-        index = offsets(stream.lengths)[clips] + (2 * positions(budget) + 1) * n // (2 * m)
-        return stream.select(index.to(stream.embeds.device), budget)
+        return stream.select(evenly(stream.lengths, budget).to(stream.embeds.device), budget)

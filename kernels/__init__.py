@@ -3,13 +3,15 @@
 from .attention import attention_received, block_attention
 from .packed import clip_ids, offsets, positions, unfold
 from .segment import segment_centres, segment_mean, segment_reduce, segment_softmax
-from .select import adjacent_cosine, pad_clips, top_k
+from .select import adjacent_cosine, evenly, pad_clips, top_k
+from .ward import ward_exact, ward_greedy
 
 __all__ = [
     "adjacent_cosine",
     "attention_received",
     "block_attention",
     "clip_ids",
+    "evenly",
     "offsets",
     "pad_clips",
     "positions",
@@ -19,4 +21,6 @@ __all__ = [
     "segment_softmax",
     "top_k",
     "unfold",
+    "ward_exact",
+    "ward_greedy",
 ]

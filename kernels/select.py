@@ -26,6 +26,22 @@ def top_k(scores: Tensor, lengths: Sequence[int], budget: Sequence[int]) -> Tens
     return ranked[kept.to(scores.device)].sort().values
 
 
+def evenly(lengths: Sequence[int], budget: Sequence[int]) -> Tensor:
+    """Gives the token in the middle of each of a clip's even windows: `floor((i + 1/2) * n / m)` for i < m.
+
+    Args:
+        lengths: tokens per clip, C numbers that sum to N.
+        budget: m, the tokens to keep of each clip, at most its length n.
+
+    Returns:
+        `[M]` int64, on the CPU, ascending.
+    """
+    clips = clip_ids(budget)
+    n, m = (torch.tensor(x, dtype=torch.long)[clips] for x in (lengths, budget))
+    # in whole numbers, so that nothing depends on rounding
+    return offsets(lengths)[clips] + (2 * positions(budget) + 1) * n // (2 * m)
+
+
 def adjacent_cosine(embeds: Tensor, lengths: Sequence[int]) -> Tensor:
     """Gives the cosine between each token and the next of its clip, `[N]` float32; -inf at a clip's last token.
 
