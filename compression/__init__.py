@@ -3,10 +3,16 @@
 A method is one file here, with one line below that imports it.
 """
 
+from . import affinity as affinity
+from . import atome as atome
 from . import controls as controls
 from . import conv as conv
+from . import fastadasp as fastadasp
+from . import fastlongspeech as fastlongspeech
 from . import pooling as pooling
+from . import speechprune as speechprune
 from . import stacking as stacking
+from . import ward as ward
 from .base import Compressor, Context
 from .budget import token_budget
 from .chain import Chain

@@ -15,6 +15,8 @@ from audiopress.compression.base import LLMShape, Prompt, Scene
 HIDDEN_SIZE, ENCODER_SIZE = 12, 8
 LLM = LLMShape(heads=3, kv_heads=1, head_size=4, mlp_size=16, rope_theta=1e4, rope_sections=(1, 1, 0))
 HIDDEN = frozenset({"encoder_hidden"})
+KEYS = frozenset({"encoder_keys"})
+ATTENTION = frozenset({"encoder_attention"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Case:
 
 MLP = {"mlp_size": 16}
 OSUM = {"ffn_size": 16}
+ASKED, FIRST_LAYER = frozenset({"question"}), frozenset({"first_layer"})
 
 CASES = [
     Case("none"),
@@ -81,8 +84,36 @@ CASES = [
     Case("conv:osum", {"keep_ratio": 0.25, **OSUM}, HIDDEN),
     Case("conv:lucy"),
     Case("conv:lucy", {"source": "hidden", "keep_ratio": 0.4}, HIDDEN),
+    Case("speechprune", {"keep_ratio": 0.6}, ASKED | FIRST_LAYER, covers=False, compares=True),
+    Case("speechprune", {"keep_ratio": 0.1, "phase1_share": 0.3}, ASKED | FIRST_LAYER, covers=False, compares=True),
+    Case("speechprune:spiral", {}, ASKED | FIRST_LAYER, covers=False, compares=True),
+    Case("speechprune:phase-1", {}, ASKED, covers=False, compares=True),
+    Case("speechprune:phase-2", {}, FIRST_LAYER, covers=False, compares=True),
+    Case("atome", compares=True),
+    Case("atome", {"keep_ratio": 0.1, "proportional_attention": True}, compares=True),
+    Case("atome", {"keep_ratio": 0.3, "metric": "keys", "pairs": "all-adjacent"}, KEYS, compares=True),
+    Case("atome", {"keep_ratio": 0.6, "metric": "keys", "key_heads": 2, "average": "plain"}, KEYS, compares=True),
+    Case("atome", {"threshold": 0.1, "keep_ratio": 0.9}, compares=True),
+    Case("atome", {"threshold": 0.2, "pairs": "all-adjacent", "rounds": 3}, compares=True),
+    Case("fastadasp", {}, KEYS | ATTENTION, compares=True),
+    Case("fastadasp", {"keep_ratio": 0.1, "metric": "features", "weights": "none"}, compares=True),
+    Case("affinity", compares=True),
+    Case("affinity", {"threshold": 0.1, "window": 3}, compares=True),
+    Case("affinity", {"keep_ratio": 0.2, "window": 2, "metric": "keys"}, KEYS, compares=True),
+    Case("affinity:aggressive", compares=True),
+    Case("affinity:conservative", {"keep_ratio": 0.3}, compares=True),
+    Case("fastlongspeech", compares=True),
+    Case("fastlongspeech", {"keep_ratio": 0.1, "weights": "none", "average": "size"}, compares=True),
+    Case("fastlongspeech:l400", {"metric": "keys"}, KEYS, compares=True),
+    Case("fastlongspeech:l200", compares=True),
     Case("pooling+stacking", {"pooling": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}),
     Case("conv:osum+uniform-stride", {"conv": OSUM, "uniform-stride": {"keep_ratio": 0.3}}, HIDDEN, covers=False),
+    Case("ward", {"keep_ratio": 0.5}, compares=True),
+    Case("ward", {"keep_ratio": 0.1, "norm_preserving": False}, compares=True),
+    Case("ward", {"weights": "attention"}, frozenset({"encoder_attention"}), compares=True),
+    Case("ward:exact", compares=True),
+    Case("ward:exact", {"max_segment": 3, "proportional_attention": False}, compares=True),
+    Case("ward+stacking", {"ward": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}, compares=True),
 ]
 
 

@@ -1,0 +1,160 @@
+"""What the methods that merge neighbours share: options, the likeness of neighbours, and merging in several rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels import adjacent_cosine, clip_ids, nest_runs, segment_centres, segment_mean, segment_reduce
+from .base import Compressor, CompressorConfig, Context, check_choice, check_count, check_finite
+from .stream import TokenStream
+
+
+@dataclass(frozen=True)
+class MergeConfig(CompressorConfig):
+    """Options of every method that merges neighbours.
+
+    Args:
+        keep_ratio: tokens out / tokens in, in (0, 1].
+        metric: what neighbours are compared by: the tokens themselves ("features") or the keys of the audio tower's
+            last layer, mean of a token's two states ("keys").
+        key_heads: the keys' mean is taken over so many heads (20 in Qwen2.5-Omni's tower); 1 compares all heads side
+            by side.
+        proportional_attention: whether the LLM adds log(size) to a merged token's attention logits (ToMe, 2210.09461).
+    """
+
+    keep_ratio: float = 0.5
+    metric: Literal["features", "keys"] = "features"
+    key_heads: int = 1
+    proportional_attention: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("metric", self.metric, ("features", "keys"))
+        check_count("key_heads", self.key_heads)
+        if self.key_heads > 1 and self.metric != "keys":
+            raise ValueError(f"key_heads needs metric='keys', got {self.key_heads} with metric={self.metric!r}")
+        check_choice("proportional_attention", self.proportional_attention, (False, True))
+
+
+@dataclass(frozen=True)
+class ThresholdConfig(MergeConfig):
+    """Adds merging by a threshold: the content decides how many tokens stay.
+
+    Args:
+        keep_ratio: tokens out / tokens in; exact without `threshold`, and with it the most (default 1).
+        threshold: neighbours whose cosine is above it merge.
+    """
+
+    rate_options: ClassVar[frozenset[str]] = frozenset({"keep_ratio", "threshold"})
+
+    keep_ratio: float = None  # type: ignore[assignment]  # None only until it is worked out below
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold is a cosine and must be in [-1, 1], got {self.threshold!r}")
+        if self.keep_ratio is None:
+            object.__setattr__(self, "keep_ratio", 0.5 if self.threshold is None else 1.0)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Tokens between two rounds of merging, in float32.
+
+    Args:
+        embeds: `[M, D]`.
+        keys: `[M, E]`; None where the tokens are compared by `embeds`.
+        sizes: `[M]`, original tokens in each.
+        runs: `[M]` int64, tokens of the method's input in each.
+        lengths: tokens per clip, C numbers that sum to M.
+    """
+
+    embeds: Tensor
+    keys: Tensor | None
+    sizes: Tensor
+    runs: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def metric(self) -> Tensor:
+        """What decides: `[M, D]` or `[M, E]`, without gradient."""
+        return (self.embeds if self.keys is None else self.keys).detach()
+
+    def similarity(self) -> Tensor:
+        """Gives the cosine of each token with the next of its clip, `[M]`."""
+        return adjacent_cosine(self.metric, self.lengths)
+
+    def merge(self, counts: Tensor, weights: Tensor) -> Merged:
+        """Averages runs of `counts` `[K]` tokens with `weights` `[M]`."""
+        ends = clip_ids(self.lengths, counts.device)[counts.cumsum(0) - 1]
+        return Merged(
+            embeds=segment_mean(self.embeds, weights, counts),
+            keys=None if self.keys is None else segment_mean(self.keys, weights.detach(), counts),
+            sizes=segment_reduce(self.sizes, "sum", counts),
+            runs=nest_runs(self.runs, counts),
+            lengths=tuple(torch.bincount(ends, minlength=len(self.lengths)).tolist()),
+        )
+
+
+class MergeCompressor(Compressor):
+    """Base class of methods whose config is a `MergeConfig`: one or several rounds of `Merged.merge`."""
+
+    config_class: ClassVar[type[CompressorConfig]] = MergeConfig
+    config: MergeConfig
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The tower's keys where they are what is compared."""
+        return frozenset({"encoder_keys"} if self.config.metric == "keys" else ())
+
+    @property
+    def proportional_attention(self) -> bool:
+        """As the option says."""
+        return self.config.proportional_attention
+
+    def start(self, stream: TokenStream, context: Context) -> Merged:
+        """Gives the tokens before the first round.
+
+        Raises:
+            ValueError: the keys do not fit the stream or the number of heads, or are not finite.
+        """
+        return Merged(
+            embeds=stream.embeds.float(),
+            keys=self._token_keys(stream, context) if self.config.metric == "keys" else None,
+            sizes=stream.sizes,
+            runs=torch.ones_like(stream.slots),
+            lengths=stream.lengths,
+        )
+
+    def finish(self, stream: TokenStream, merged: Merged) -> TokenStream:
+        """Gives the merged tokens of `stream`, each at the centre of all that went into it."""
+        slots, sizes = segment_centres(stream.slots, stream.sizes, merged.runs)
+        return stream.replace(embeds=merged.embeds, lengths=merged.lengths, slots=slots, sizes=sizes)
+
+    def _token_keys(self, stream: TokenStream, context: Context) -> Tensor:
+        keys: TokenStream = context.require("encoder_keys", self.name)
+        wanted = tuple(2 * n for n in stream.lengths)
+        if len(keys.lengths) != len(wanted) or any(
+            k not in (n, n + 1) for k, n in zip(keys.lengths, wanted, strict=True)
+        ):
+            raise ValueError(
+                f"{self.name}: encoder_keys must hold {list(wanted)} states (or one more) for clips of "
+                f"{list(stream.lengths)} tokens, got {list(keys.lengths)}"
+            )
+        heads, width = self.config.key_heads, keys.embeds.shape[1]
+        if width % heads:
+            raise ValueError(f"{self.name}: key_heads must divide the keys' width {width}, got {heads}")
+        check_finite(keys, self.name, "encoder_keys")
+        states = keys.head(wanted).embeds.detach().float()
+        return ((states[0::2] + states[1::2]) / 2).unflatten(1, (heads, -1)).mean(1)  # [N, width / heads]
+
+
+def shorten(lengths: Sequence[int], targets: Sequence[int]) -> list[int]:
+    """Gives by how many tokens each clip must get shorter; 0 where it is short enough."""
+    return [max(0, n - m) for n, m in zip(lengths, targets, strict=True)]
