@@ -1,4 +1,4 @@
-"""Segmentation of packed clips: the runs of neighbouring tokens with the least summed variance, for a given number of runs.
+"""Segmentation of packed clips: a given number of runs of neighbouring tokens with the least summed variance.
 
 The variance of a run is `sum(w * |x - mean|^2)`, and Ward's cost of joining the runs a and b is what that adds:
 `w_a w_b / (w_a + w_b) * |mean_a - mean_b|^2`. Both functions give run lengths, which `segment_mean` and
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .packed import positions
+from .packed import offsets, positions
 from .select import top_k
 
 
@@ -108,7 +108,7 @@ def ward_exact(
 ) -> Tensor:
     """Gives the segmentation of least cost, by dynamic programming over runs of at most `max_segment` tokens.
 
-    The cap is raised to the least that meets every clip's budget. Of equal costs the runs at the end are longest. The
+    The cap is raised to the least that meets a clip's budget. Of equal costs the runs at the end are longest. The
     programme runs on the CPU; a clip of n tokens and K runs takes `K * (n - K) * max_segment` steps and, for a moment,
     `8 * K * (n - K)` bytes.
 
@@ -123,14 +123,14 @@ def ward_exact(
     Returns:
         Tokens per run, `[M]` int64 with M the sum of the budget; no run crosses from one clip into another.
     """
-    cap = max([max_segment, *(-(-n // k) for n, k in zip(lengths, budget, strict=True) if k)])
-    costs = segment_costs(embeds, weights, lengths, min(cap, max(lengths, default=1))).cpu().numpy()
+    caps = [max(max_segment, -(-n // max(k, 1))) for n, k in zip(lengths, budget, strict=True)]
+    costs = segment_costs(embeds, weights, lengths, max(map(min, caps, lengths), default=1)).cpu().numpy()
     if pooled:
         counts = _best_runs(costs, sum(budget))
     else:
-        ends = np.cumsum([0, *lengths])
-        clips = [_best_runs(costs[:, a:b], k) for a, b, k in zip(ends[:-1], ends[1:], budget, strict=True)]
-        counts = np.concatenate([np.empty(0, dtype=np.int64), *clips])
+        starts = offsets(lengths).tolist()
+        clips = [costs[:cap, start : start + n] for cap, start, n in zip(caps, starts, lengths, strict=False)]
+        counts = np.concatenate([np.empty(0, dtype=np.int64), *map(_best_runs, clips, budget)])
     return torch.from_numpy(counts).to(embeds.device)
 
 
@@ -161,8 +161,19 @@ def _best_runs(costs: np.ndarray, runs: int) -> np.ndarray:
 
     A run is one token and some extra ones; `best[k][:, b]` is the least cost of k runs with b extra tokens.
     """
-    most, spare = min(len(costs), costs.shape[1] - runs + 1), costs.shape[1] - runs
-    costs = np.ascontiguousarray(costs[most - 1 :: -1] if most else costs)  # the longest run first
-    best = np.full((runs + 1, most + spare), np.inf)  # before the first extra token, most - 1 columns of padding
+    spare = costs.shape[1] - runs
+    most = min(len(costs), spare + 1)
+    longest_first = np.ascontiguousarray(costs[:most][::-1])
+    best = np.full((runs + 1, most + spare), math.inf)  # extra tokens from column most - 1 on; no way before it
     best[0, most - 1] = 0
-    ...
+    candidates = np.empty((most, spare + 1))
+    for k in range(runs):
+        before = np.lib.stride_tricks.sliding_window_view(best[k], most).T  # [most, spare + 1]
+        np.add(before, longest_first[:, k : k + spare + 1], out=candidates)
+        candidates.min(axis=0, out=best[k + 1, most - 1 :])
+    counts = np.empty(runs, dtype=np.int64)
+    for k in reversed(range(runs)):
+        step = int((best[k, spare : spare + most] + longest_first[:, k + spare]).argmin())
+        counts[k] = most - step
+        spare -= most - 1 - step
+    return counts
