@@ -217,6 +217,11 @@ class Compressor(nn.Module):
         return False
 
     @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that are fitted on their own, and never by the loss of the LLM."""
+        return frozenset()
+
+    @property
     def proportional_attention(self) -> bool:
         """Whether the LLM is to add log(size) to a token's attention logits wherever it is a key (ToMe, 2210.09461)."""
         return False
@@ -229,6 +234,10 @@ class Compressor(nn.Module):
     def budget(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Gives exactly how many tokens each clip of `lengths` tokens is reduced to (the most, if `adaptive`)."""
         return token_budget(lengths, self.config.keep_ratio)
+
+    def split(self) -> tuple[Compressor | None, Compressor | None]:
+        """Gives the part that acts inside the tower and the part that acts after it; None where there is none."""
+        return (self, None) if self.stage == "encoder" else (None, self)
 
     def initialize(self, language_model: nn.Module) -> None:
         """Copies what a method starts from out of the LLM it is built for; the default copies nothing."""
@@ -271,6 +280,8 @@ class Compressor(nn.Module):
             ValueError: the width is not `hidden_size`, an embedding is not finite (the clip is named), or something
                 in `needs` is missing.
         """
+        if self.stage == "encoder":
+            raise ValueError(f"{self.name} acts inside the audio tower; it takes no tokens after it")
         context = context or Context()
         if stream.embeds.shape[1] != self.hidden_size:
             raise ValueError(f"{self.name} was built for width {self.hidden_size}, got {stream.embeds.shape[1]}")

@@ -32,8 +32,11 @@ class Chain(Compressor):
             sizes = ", ".join(f"{member.name} {member.hidden_size}" for member in members)
             raise ValueError(f"the members of a Chain must share one hidden_size, got {sizes}")
         for i, member in enumerate(members):
-            if member.stage != "connector":
-                raise ValueError(f"Chain takes methods of stage 'connector', got {member.name} of {member.stage!r}")
+            if member.stage != "connector" and (i or member.stage != "encoder"):
+                raise ValueError(
+                    f"Chain takes methods of stage 'connector', and one of 'encoder' as its first; "
+                    f"got {member.name} of {member.stage!r}"
+                )
             if i and (read := sorted(member.needs & PER_TOKEN)):
                 raise ValueError(
                     f"{member.name} reads {', '.join(read)}, of the uncompressed audio, so it must be the first of a "
@@ -42,6 +45,7 @@ class Chain(Compressor):
         ratio = math.prod(member.config.keep_ratio for member in members)
         super().__init__(CompressorConfig(keep_ratio=ratio), members[0].sizes)
         self.members = nn.ModuleList(members)
+        self.stage = members[0].stage
         self.name = "+".join(member.name for member in members)  # type: ignore[misc]
         self.trained = any(member.trained for member in members)
         self.query_aware = any(member.query_aware for member in members)
@@ -61,6 +65,13 @@ class Chain(Compressor):
         """Raises ValueError: one ratio does not say how several methods share it."""
         raise ValueError(f"{self.name} is a chain: one keep_ratio does not say how its members share it")
 
+    def split(self) -> tuple[Compressor | None, Compressor | None]:
+        """Gives the first member, where it acts in the tower, and the others."""
+        members: list[Compressor] = list(self.members)  # type: ignore[arg-type]
+        if self.stage != "encoder":
+            return None, self
+        return members[0], None if len(members) == 1 else Chain(members[1:])
+
     def initialize(self, language_model: nn.Module) -> None:
         """Initializes the members."""
         for member in self.members:
@@ -70,6 +81,11 @@ class Chain(Compressor):
     def adaptive(self) -> bool:
         """Whether any member is."""
         return any(member.adaptive for member in self.members)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Those of the members."""
+        return frozenset(f"members.{i}.{name}" for i, member in enumerate(self.members) for name in member.frozen)
 
     @property
     def proportional_attention(self) -> bool:

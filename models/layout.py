@@ -165,6 +165,11 @@ class Layout:
         """Gives the flat indices (into `[B * L]`) of all tokens of one kind in batch order, int64."""
         return (self.kind == kind.value).flatten().nonzero().squeeze(1)
 
+    def joint_index(self) -> tuple[Tensor, tuple[int, ...]]:
+        """Gives the flat indices of all audio and video tokens in batch order, `[N]`, and how many each sample has."""
+        media = (self.kind == Kind.AUDIO.value) | (self.kind == Kind.VIDEO.value)
+        return media.flatten().nonzero().squeeze(1), tuple(media.sum(dim=1).tolist())
+
     def gather(self, index: Tensor, mask: Tensor) -> Layout:
         """Gives the layout of the tokens `index` (`[B, L']`, along each row); where `mask` is false it is padding."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..compression import Compressor, build
+from ..compression.base import LLMShape
 from ..compression.registry import from_description
 from . import parts, storage
 from .omni import CompressedOmni
@@ -24,6 +25,7 @@ def load(
     base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    video_compressor: Compressor | str | None = None,
     **options: Any,
 ) -> tuple[CompressedOmni, Any]:
     """Opens a model with a compressor in its slot, and its processor.
@@ -37,7 +39,9 @@ def load(
         base: for a saved directory, where its base model lies now. Default: where it lay.
         dtype: of the weights. Default: bfloat16 on a GPU, float32 on a CPU.
         device: Default: the GPU if there is one.
-        options: of the compressor named, as `keep_ratio=0.5`.
+        video_compressor: the same for the video tokens: a training-free method that reads nothing else.
+        options: of the compressor named, as `keep_ratio=0.5`; of a saved variant, `keep_ratio` alone, for methods one
+            set of weights of which serves several.
 
     Raises:
         ValueError: an unknown method or option, a damaged directory, or a base other than the saved variant's.
@@ -46,40 +50,64 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weight_dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     saved = (Path(name) / storage.MANIFEST).is_file()
-    if saved and (compressor is not None or options):
-        raise ValueError(f"{name} is a saved variant with its own compressor; give none")
-    if not isinstance(compressor, str) and options:
+    if saved and (compressor is not None or options.keys() - {"keep_ratio"}):
+        raise ValueError(f"{name} is a saved variant with its own compressor; give none, or another keep_ratio alone")
+    if not saved and not isinstance(compressor, str) and options:
         raise ValueError(f"options {', '.join(options)} go with a compressor's name, got {compressor!r}")
     if not saved:
         thinker, processor = load_base(name, weight_dtype)
         if isinstance(compressor, str):
             compressor = build_for(thinker, compressor, **options)
         base = str(Path(name).resolve()) if Path(name).is_dir() else name
-        model = CompressedOmni(thinker, compressor, base=base)
+        if isinstance(video_compressor, str):
+            video_compressor = build_for(thinker, video_compressor)
+        model = CompressedOmni(thinker, compressor, video_compressor=video_compressor, base=base)
         return model.to(place).eval(), processor
 
     manifest = storage.read_manifest(name)
     thinker, processor = load_base(base or manifest["base"]["name"], weight_dtype)
     storage.check_base(manifest["base"], thinker, name)
-    method = None if manifest["compressor"] is None else from_description(manifest["compressor"])
-    model = CompressedOmni(thinker, method, base=base or manifest["base"]["name"], positions=manifest["positions"])
+    method, video = (
+        None if manifest[key] is None else from_description(manifest[key]) for key in ("compressor", "video_compressor")
+    )
+    named = {"base": base or manifest["base"]["name"], "positions": manifest["positions"]}
+    model = CompressedOmni(thinker, method, video_compressor=video, **named)
+    model.keep_ratios = tuple(manifest["keep_ratios"])
     if manifest["adapter"] is not None:
         model.add_adapter(**manifest["adapter"])
     if manifest["ctc"]:
         model.add_ctc(0.0)
     model.trains_projector = manifest["projector"]
     storage.load_weights(model, name, manifest)
+    if options:
+        if model.compressor is None:
+            raise ValueError(f"{name} was saved without a compressor: there is no keep_ratio to change")
+        model.compressor = model.compressor.at(**options)
     return model.requires_grad_(False).to(place).eval(), processor
 
 
 def build_for(thinker: nn.Module, method: str, **options: Any) -> Compressor:
-    """Builds a compressor of the widths of a thinker's LLM and audio tower."""
-    return build(
+    """Builds a compressor of the sizes of a thinker; one with layers like the LLM's starts from those, in float32."""
+    text = thinker.config.get_text_config()
+    heads = text.num_attention_heads
+    compressor = build(
         method,
         hidden_size=thinker.get_input_embeddings().embedding_dim,
         encoder_size=parts.audio_tower(thinker).config.d_model,
+        llm=LLMShape(
+            heads=heads,
+            kv_heads=text.num_key_value_heads,
+            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            mlp_size=text.intermediate_size,
+            rope_theta=text.rope_parameters["rope_theta"],
+            rope_sections=tuple(text.rope_parameters["mrope_section"]),
+            norm_eps=text.rms_norm_eps,
+        ),
         **options,
     )
+    if not any(p.is_meta for p in compressor.parameters()):
+        compressor.initialize(parts.language_model(thinker))
+    return compressor
 
 
 def is_omni_small(name: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,8 @@ from ..compression import Compressor, Context, TokenStream
 from ..compression.base import check_choice
 from . import parts, storage
 from .alignment import CTCAlignment
+from .attention import biased, enable_key_bias, rope_sections, size_bias
+from .context import fill, prompt_index
 from .encoders import encode_audio, encode_image, encode_video
 from .layout import Kind, Layout, TokenIds, audio_lengths
 from .rewrite import IGNORE, POSITIONS, LLMInputs, rewrite, scatter
@@ -42,11 +46,13 @@ class OmniOutput(ModelOutput):
         loss: scalar, the mean over the labelled tokens, auxiliary losses added; None without labels.
         logits: `[B, L', vocabulary]`, or with labels `[n, vocabulary]` at the n labelled positions alone.
         losses: every part of the loss by name: `text`, `ctc`, and those of the method.
+        tokens: of "audio" and "video", how many there were and how many the LLM reads.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     losses: dict[str, Tensor] | None = None
+    tokens: dict[str, tuple[int, int]] | None = None
 
 
 class CompressedOmni(nn.Module):
@@ -56,6 +62,7 @@ class CompressedOmni(nn.Module):
         thinker: transformers' `Qwen2_5OmniThinkerForConditionalGeneration`. It is used as it is: no method of it is
             replaced, and hooks are removed after each call.
         compressor: of the thinker's width; None for none.
+        video_compressor: a training-free method of stage "connector" that reads nothing else, for the video tokens.
         base: what `load_base` opens it by: "omni-small", a path or a hub name.
         positions: see `rewrite`.
     """
@@ -65,6 +72,7 @@ class CompressedOmni(nn.Module):
         thinker: nn.Module,
         compressor: Compressor | None = None,
         *,
+        video_compressor: Compressor | None = None,
         base: str = "",
         positions: Literal["original", "contiguous"] = "original",
     ) -> None:
@@ -72,9 +80,13 @@ class CompressedOmni(nn.Module):
         hidden_size = thinker.get_input_embeddings().embedding_dim
         if compressor is not None and compressor.hidden_size != hidden_size:
             raise ValueError(f"the compressor was built for width {compressor.hidden_size}, the LLM has {hidden_size}")
+        if video_compressor is not None:
+            _check_video_compressor(video_compressor, compressor, hidden_size)
         check_choice("positions", positions, POSITIONS)
         self.thinker = thinker.requires_grad_(False)
         self.compressor = compressor
+        self.video_compressor = video_compressor
+        self.keep_ratios: tuple[float, ...] = ()
         self.base = base
         self.positions = positions
         self.adapter: dict[str, Any] | None = None
@@ -163,12 +175,35 @@ class CompressedOmni(nn.Module):
                     tensor.data = tensor.data.float()  # what is trained is float32, whatever the base is
 
     def own_parameters(self, part: str) -> dict[str, Tensor]:
-        """Gives the parameters of one part of `TRAINABLE`, or "alignment", by name."""
+        """Gives the parameters of one part of `TRAINABLE`, or "alignment", by name; none that a method keeps frozen."""
         if part == "adapter":
             llm = parts.language_model(self.thinker)
             return {name: p for name, p in llm.named_parameters() if "lora_" in name}
         module = getattr(self, part)
-        return {} if module is None else dict(module.named_parameters())
+        if module is None:
+            return {}
+        frozen = module.frozen if part == "compressor" else frozenset()
+        return {name: p for name, p in module.named_parameters() if name not in frozen}
+
+    def set_keep_ratios(self, keep_ratios: Sequence[float]) -> None:
+        """Trains for several ratios at once: every training step draws one (Matryoshka-style, 2503.06362).
+
+        Outside training the compressor's own ratio holds; `model.compressor = model.compressor.at(0.25)` changes it.
+
+        Raises:
+            ValueError: there is no compressor, or its weights depend on the ratio.
+        """
+        if self.compressor is None:
+            raise ValueError("keep_ratios need a compressor")
+        for keep_ratio in keep_ratios:
+            self.compressor.at(keep_ratio)
+        self.keep_ratios = tuple(keep_ratios)
+
+    def drawn_compressor(self) -> Compressor | None:
+        """Gives the compressor, in training at one of `keep_ratios`, drawn from torch's CPU generator."""
+        if not (self.training and self.keep_ratios) or self.compressor is None:
+            return self.compressor
+        return self.compressor.at(self.keep_ratios[int(torch.randint(len(self.keep_ratios), ()))])
 
     # The way of the data.
 
@@ -197,7 +232,7 @@ class CompressedOmni(nn.Module):
         padding_side: Literal["left", "right"] = "right",
         **media: Any,
     ) -> tuple[LLMInputs, TokenStream | None]:
-        """Runs towers, compressor and rewrite: gives what the LLM reads, and the compressed audio (None without any).
+        """Runs towers, compressor and rewrite: gives what the LLM reads, and the compressed tokens (None without any).
 
         Args:
             input_ids: `[B, L]`, padded on either side.
@@ -208,30 +243,65 @@ class CompressedOmni(nn.Module):
         """
         layout = self.layout(input_ids, attention_mask, **media)
         embeds = self.thinker.get_input_embeddings()(input_ids)
-        streams: dict[Kind, TokenStream] = {}
-        audio = None
+        if media.get("pixel_values") is not None:
+            image = encode_image(self.thinker, media["pixel_values"], media["image_grid_thw"])
+            embeds = scatter(embeds, layout, Kind.IMAGE, image)
+        video = None
+        if media.get("pixel_values_videos") is not None:
+            grid = media["video_grid_thw"]
+            video = TokenStream(
+                encode_video(self.thinker, media["pixel_values_videos"], grid),
+                tuple((grid.prod(dim=1) // self.token_ids.merge**2).tolist()),
+            )
+            embeds = scatter(embeds, layout, Kind.VIDEO, video.embeds)
+        compressor = self.drawn_compressor()
+        in_tower, after = (None, None) if compressor is None else compressor.split()
+        needs = frozenset() if after is None else after.needs | after.reads_optionally
+        audio, context = None, Context()
         if media.get("input_features") is not None:
-            needs = self.compressor.needs if self.compressor is not None else frozenset()
             audio, context = encode_audio(
                 self.thinker,
                 media["input_features"],
                 media["feature_attention_mask"],
                 needs=needs,
                 audio_hidden=media.get("audio_hidden"),
+                method=in_tower,  # type: ignore[arg-type]
             )
-            if self.compressor is None:
+        streams: dict[Kind, TokenStream] = {}
+        joint = None
+        if video is not None and self.video_compressor is not None:
+            streams[Kind.VIDEO] = _run(self.video_compressor, video, Context())
+        if after is not None and (audio is not None or (video is not None and after.stage == "joint")):
+            if audio is not None and after.stage == "joint":
                 embeds = scatter(embeds, layout, Kind.AUDIO, audio.embeds)
+            fill(
+                context,
+                needs,
+                joint=after.stage == "joint",
+                thinker=self.thinker,
+                input_ids=input_ids,
+                embeds=embeds,
+                layout=layout,
+                labels=labels,
+                ids=self.token_ids,
+                ends=storage.eos_ids(self.thinker),
+            )
+            if after.stage == "joint":
+                index, lengths = layout.joint_index()
+                joint = _run(after, TokenStream(embeds.flatten(0, 1)[index], lengths), context)
+                if joint.prompt is not None:
+                    rows, _ = prompt_index(layout, labels)
+                    flat = embeds.flatten(0, 1)
+                    embeds = flat.index_copy(0, rows, joint.prompt.to(flat.dtype)).view_as(embeds)
             else:
-                audio = _run(self.compressor, audio, context)
-                streams[Kind.AUDIO] = audio
-        if media.get("pixel_values_videos") is not None:
-            video = encode_video(self.thinker, media["pixel_values_videos"], media["video_grid_thw"])
-            embeds = scatter(embeds, layout, Kind.VIDEO, video)
-        if media.get("pixel_values") is not None:
-            image = encode_image(self.thinker, media["pixel_values"], media["image_grid_thw"])
-            embeds = scatter(embeds, layout, Kind.IMAGE, image)
-        inputs = rewrite(embeds, layout, streams, labels, padding_side=padding_side, positions=self.positions)
-        return inputs, audio
+                assert audio is not None
+                audio = _run(after, audio, context)
+        if audio is not None and joint is None:
+            streams[Kind.AUDIO] = audio
+        inputs = rewrite(
+            embeds, layout, streams, labels, joint=joint, padding_side=padding_side, positions=self.positions
+        )
+        return inputs, audio if joint is None else joint
 
     def forward(
         self,
@@ -256,13 +326,15 @@ class CompressedOmni(nn.Module):
         Raises:
             ValueError: no token of the batch is labelled, or an argument is unknown.
         """
-        inputs, audio = self.encode(input_ids, attention_mask, labels, **media)
-        hidden = parts.language_model(self.thinker)(
-            inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
-        ).last_hidden_state
+        inputs, stream = self.encode(input_ids, attention_mask, labels, **media)
+        tokens = {kind.name.lower(): inputs.count(kind) for kind in (Kind.AUDIO, Kind.VIDEO)}
+        with self._services(inputs) as language_model:
+            hidden = language_model(
+                inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
+            ).last_hidden_state
         head = self.thinker.get_output_embeddings()
         if inputs.labels is None:
-            return OmniOutput(logits=head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden))
+            return OmniOutput(logits=head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden), tokens=tokens)
 
         target = inputs.labels[:, 1:]
         labelled = target != IGNORE
@@ -272,12 +344,31 @@ class CompressedOmni(nn.Module):
         logits = head(hidden[:, :-1][labelled])
         items = count if num_items_in_batch is None else num_items_in_batch
         losses = {"text": F.cross_entropy(logits.float(), target[labelled], reduction="sum") / items}
-        if audio is not None:
-            for name, value in audio.losses.items():
+        if stream is not None:
+            for name, value in stream.losses.items():
                 losses[name] = value * (count / items)
-            if self.training and self.alignment is not None:
-                losses["ctc"] = self.ctc_weight * self._ctc(inputs, audio) / items
-        return OmniOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses)
+        if self.training and self.alignment is not None and tokens["audio"][1]:
+            losses["ctc"] = self.ctc_weight * self._ctc(inputs) / items
+        return OmniOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses, tokens=tokens)
+
+    @contextmanager
+    def _services(self, inputs: LLMInputs) -> Iterator[nn.Module]:
+        """Gives the LLM, doing what the methods ask of it: proportional attention, other rotary sections."""
+        language_model = parts.language_model(self.thinker)
+        methods = {Kind.AUDIO: self.compressor, Kind.VIDEO: self.video_compressor}
+        if self.compressor is not None and self.compressor.stage == "joint":
+            methods[Kind.VIDEO] = self.compressor
+        asking = [
+            kind.value for kind, method in methods.items() if method is not None and method.proportional_attention
+        ]
+        key_bias = None
+        if asking:
+            enable_key_bias(language_model.config)
+            merged = torch.isin(inputs.layout.kind, torch.tensor(asking, device=inputs.mask.device))
+            key_bias = size_bias(inputs.sizes, merged)
+        sections = None if self.compressor is None else self.compressor.rope_sections
+        with biased([language_model], key_bias), rope_sections(language_model, sections):
+            yield language_model
 
     def ctc_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **media: Any) -> Tensor:
         """Computes CTC alone, per labelled token, without running the LLM; see `forward` for the arguments.
@@ -287,22 +378,25 @@ class CompressedOmni(nn.Module):
         """
         if self.alignment is None:
             raise ValueError("CTC needs `add_ctc` first")
-        inputs, audio = self.encode(input_ids, attention_mask, labels, **media)
-        if audio is None:
+        inputs, _ = self.encode(input_ids, attention_mask, labels, **media)
+        if not inputs.count(Kind.AUDIO)[1]:
             raise ValueError("CTC needs audio, and this batch has none")
-        return self._ctc(inputs, audio) / (labels != IGNORE).sum()
+        return self._ctc(inputs) / (labels != IGNORE).sum()
 
-    def _ctc(self, inputs: LLMInputs, audio: TokenStream) -> Tensor:
+    def _ctc(self, inputs: LLMInputs) -> Tensor:
         """Gives the summed CTC loss of every clip that is the only one of its sample, against that sample's labels."""
         assert self.alignment is not None
         assert inputs.labels is not None
         special = torch.tensor(storage.eos_ids(self.thinker), device=inputs.labels.device)
         heard = inputs.layout.kind == Kind.AUDIO.value
-        targets = [inputs.labels.new_empty(0)] * len(audio.lengths)
+        clips = 1 + int(inputs.before.clip[inputs.before.kind == Kind.AUDIO.value].max())
+        lengths = torch.bincount(inputs.layout.clip[heard], minlength=clips).tolist()
+        audio = TokenStream(inputs.embeds[heard], tuple(lengths))
+        targets = [inputs.labels.new_empty(0)] * clips
         for labels, clip, is_audio in zip(inputs.labels, inputs.layout.clip, heard, strict=True):
-            clips = clip[is_audio].unique().tolist()
-            if len(clips) == 1:
-                targets[clips[0]] = labels[(labels != IGNORE) & ~torch.isin(labels, special)]
+            own = clip[is_audio].unique().tolist()
+            if len(own) == 1:
+                targets[own[0]] = labels[(labels != IGNORE) & ~torch.isin(labels, special)]
         return self.alignment(audio, targets, self.thinker.get_input_embeddings().weight)
 
     @torch.no_grad()
@@ -326,13 +420,14 @@ class CompressedOmni(nn.Module):
         if bool((inputs.decode_offset + inputs.mask.sum(dim=1) != last + 1).any()):
             raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
         greedy = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
-        return self.thinker.generate(
-            inputs_embeds=inputs.embeds,
-            attention_mask=inputs.mask,
-            position_ids=inputs.positions,
-            **({} if kwargs.get("do_sample") or "generation_config" in kwargs else greedy),
-            **kwargs,
-        )
+        with self._services(inputs):
+            return self.thinker.generate(
+                inputs_embeds=inputs.embeds,
+                attention_mask=inputs.mask,
+                position_ids=inputs.positions,
+                **({} if kwargs.get("do_sample") or "generation_config" in kwargs else greedy),
+                **kwargs,
+            )
 
     # Saved and loaded.
 
@@ -353,13 +448,28 @@ class CompressedOmni(nn.Module):
         return load(os.fspath(directory), **kwargs)[0]
 
 
-def _run(compressor: Compressor, audio: TokenStream, context: Context) -> TokenStream:
+def _run(compressor: Compressor, stream: TokenStream, context: Context) -> TokenStream:
     """Compresses in the precision of the compressor's own weights: trained ones stay float32 beside a bfloat16 base."""
-    dtype = next((p.dtype for p in compressor.parameters()), audio.embeds.dtype)
-    if context.encoder_hidden is not None:
-        hidden = context.encoder_hidden
-        context.encoder_hidden = hidden.replace(embeds=hidden.embeds.to(dtype))
-    return compressor(audio.replace(embeds=audio.embeds.to(dtype)), context)
+    dtype = next((p.dtype for p in compressor.parameters()), stream.embeds.dtype)
+
+    def cast(tokens: TokenStream) -> TokenStream:
+        return tokens.replace(embeds=tokens.embeds.to(dtype))
+
+    for name in ("encoder_hidden", "encoder_keys", "question", "video"):
+        if (tokens := getattr(context, name)) is not None:
+            setattr(context, name, cast(tokens))
+    if context.prompt is not None:
+        context.prompt = replace(context.prompt, stream=cast(context.prompt.stream))
+    return compressor(cast(stream), context)
+
+
+def _check_video_compressor(method: Compressor, other: Compressor | None, hidden_size: int) -> None:
+    if method.stage != "connector" or method.needs or method.trained:
+        raise ValueError(f"video tokens take a training-free method that reads them alone, got {method.name}")
+    if method.hidden_size != hidden_size:
+        raise ValueError(f"the video compressor was built for width {method.hidden_size}, the LLM has {hidden_size}")
+    if other is not None and other.stage == "joint":
+        raise ValueError(f"{other.name} reduces video itself: give no video compressor beside it")
 
 
 def _check_media(media: dict[str, Any]) -> None:

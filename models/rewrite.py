@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,7 @@ class LLMInputs:
         positions: `[4, B, L']` int64; row 0 counts tokens without gaps (attention masks are made from it), rows 1-3
             are TMRoPE's time, height and width.
         layout: of these tokens.
+        before: the layout of the full sequence.
         sizes: `[B, L']` float32, how many original tokens each stands for.
         labels: `[B, L']` or None.
     """
@@ -36,8 +37,14 @@ class LLMInputs:
     mask: Tensor
     positions: Tensor
     layout: Layout
+    before: Layout
     sizes: Tensor
     labels: Tensor | None = None
+
+    def count(self, kind: Kind) -> tuple[int, int]:
+        """Gives how many tokens of a kind there were, and how many there are."""
+        before, after = (int((layout.kind == kind.value).sum()) for layout in (self.before, self.layout))
+        return before, after
 
     @property
     def decode_offset(self) -> Tensor:
@@ -67,6 +74,7 @@ def rewrite(
     streams: Mapping[Kind, TokenStream],
     labels: Tensor | None = None,
     *,
+    joint: TokenStream | None = None,
     padding_side: Literal["left", "right"] = "right",
     positions: Literal["original", "contiguous"] = "original",
 ) -> LLMInputs:
@@ -77,6 +85,8 @@ def rewrite(
         layout: of the full sequence.
         streams: per kind, all its clips of the batch in order.
         labels: `[B, L]` or None.
+        joint: in place of streams per kind, one whose clips are the samples and whose slots count a sample's audio and
+            video placeholders in the order of the sequence.
         padding_side: of the result: right for training, left for generation.
         positions: "original" gathers TMRoPE's positions (the default); "contiguous" numbers the remaining tokens
             0, 1, 2, ... in all three rows, for ablation.
@@ -90,9 +100,8 @@ def rewrite(
     keep = layout.mask.flatten().clone()
     flat = embeds.flatten(0, 1)
     sizes = torch.ones(batch * length, device=embeds.device)
-    for kind, stream in streams.items():
-        placeholders = layout.index(kind)
-        where = _slot_index(layout, kind, placeholders, stream)
+    for name, placeholders, originals, stream in _replaced(layout, streams, joint):
+        where = _slot_index(name, placeholders, originals, stream)
         keep[placeholders] = False
         keep[where] = True
         flat = flat.index_copy(0, where, stream.embeds.to(flat.dtype))
@@ -119,23 +128,33 @@ def rewrite(
         mask=real.long(),
         positions=torch.cat([text[None], rows]),
         layout=short,
+        before=layout,
         sizes=take(sizes.view(batch, length)).masked_fill(~real, 0),
         labels=None if labels is None else take(labels).masked_fill(~real, IGNORE),
     )
 
 
-def _slot_index(layout: Layout, kind: Kind, placeholders: Tensor, stream: TokenStream) -> Tensor:
+def _replaced(
+    layout: Layout, streams: Mapping[Kind, TokenStream], joint: TokenStream | None
+) -> Iterator[tuple[str, Tensor, tuple[int, ...], TokenStream]]:
+    """Gives of every stream its name, the flat index of its placeholders `[N]`, how many each clip has, and itself."""
+    for kind, stream in streams.items():
+        index = layout.index(kind)
+        yield kind.name, index, tuple(torch.bincount(layout.clip.flatten()[index]).tolist()), stream
+    if joint is not None:
+        yield "sample", *layout.joint_index(), joint
+
+
+def _slot_index(name: str, placeholders: Tensor, originals: tuple[int, ...], stream: TokenStream) -> Tensor:
     """Gives the flat index of the slot that each token of the stream takes, `[M]`."""
-    clip = layout.clip.flatten()[placeholders]
-    originals = torch.bincount(clip).tolist()
     if len(originals) != len(stream.lengths):
-        raise ValueError(f"the batch has {len(originals)} {kind.name} clips but the stream has {len(stream.lengths)}")
+        raise ValueError(f"the batch has {len(originals)} {name} clips but the stream has {len(stream.lengths)}")
     ids = clip_ids(stream.lengths, stream.slots.device)
     limit = torch.tensor(originals, device=ids.device)[ids]
     outside = (stream.slots < 0) | (stream.slots >= limit)
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
         raise ValueError(
-            f"slot {int(stream.slots[at])} is outside {kind.name} clip {int(ids[at])} of {int(limit[at])} tokens"
+            f"slot {int(stream.slots[at])} is outside {name} clip {int(ids[at])} of {int(limit[at])} tokens"
         )
     return placeholders[offsets(originals, ids.device)[ids] + stream.slots]

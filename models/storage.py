@@ -64,6 +64,8 @@ def variant(model: CompressedOmni) -> dict[str, Any]:
     """Gives what the manifest says of a variant beside its base and its weights."""
     return {
         "compressor": None if model.compressor is None else model.compressor.describe(),
+        "video_compressor": None if model.video_compressor is None else model.video_compressor.describe(),
+        "keep_ratios": list(model.keep_ratios),
         "positions": model.positions,
         "adapter": model.adapter,
         "projector": model.trains_projector,

@@ -124,9 +124,18 @@ def test_a_saved_variant(checkpoint, saved, tmp_path):
 
 
 def test_a_saved_variant_brings_its_own_compressor(saved):
-    for extra in ({"compressor": "pooling"}, {"keep_ratio": 0.5}):
+    for extra in ({"compressor": "pooling"}, {"kind": "max"}):
         with pytest.raises(ValueError, match="is a saved variant with its own compressor; give none"):
             audiopress.load(str(saved), device="cpu", **extra)
+
+
+def test_a_saved_variant_at_another_keep_ratio(checkpoint, saved):
+    model, processor = audiopress.load(str(saved), device="cpu", keep_ratio=0.25)
+    expected = audiopress.load(str(checkpoint), "pooling", keep_ratio=0.25, device="cpu")[0]
+    batch = batch_of(processor)
+    assert torch.equal(model(**batch).logits, expected(**batch).logits)
+    with pytest.raises(ValueError, match="keep_ratio .* must be in"):
+        audiopress.load(str(saved), device="cpu", keep_ratio=2)
 
 
 def test_what_is_no_model_is_named(tmp_path):
