@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..kernels import merge_chains, positions
 from .base import CompressorConfig, Context, check_count
-from .merging import MergeCompressor, ThresholdConfig, shorten
+from .merging import MergeCompressor, ThresholdConfig, excess
 from .registry import register
 from .stream import TokenStream
 
@@ -38,11 +38,12 @@ class AffinityConfig(ThresholdConfig):
 
 @register("affinity")
 class Affinity(MergeCompressor):
-    """Scans each clip: a token joins the open group if its cosine with one of that group's last `window` tokens is
-    above `threshold`, else it opens a new one; a group becomes its mean.
+    """Pools the groups that a scan from left to right makes of similar tokens.
 
-    A higher threshold only ever splits groups, so each token has one value below which it joins (`join_values`). With
-    `keep_ratio` alone, each clip gets the threshold that leaves exactly its budget of groups.
+    A token joins the open group if its cosine with one of that group's last `window` tokens is above `threshold`;
+    otherwise it opens the next one. A group becomes its mean. A higher threshold only ever splits groups, so each
+    token has one value below which it joins, see `join_values`. With `keep_ratio` alone, each clip gets the threshold
+    that leaves its budget of groups.
 
     Paper: "Do We Need Distinct Representations for Every Speech Token? Unveiling and Exploiting Redundancy in Large
     Speech Language Models", arXiv 2604.06871. Its thresholds at the LLM's input are presets.
@@ -73,19 +74,20 @@ class Affinity(MergeCompressor):
         counts = merge_chains(
             joins.roll(-1),  # from each token's own join to that of the token after it
             stream.lengths,
-            shorten(stream.lengths, self.budget(stream.lengths)),
+            excess(stream.lengths, self.budget(stream.lengths)),
             math.inf if threshold is None else threshold,
         )
         return self.finish(stream, merged.merge(counts, stream.sizes))
 
 
 def join_values(metric: Tensor, lengths: Sequence[int], window: int) -> Tensor:
-    """Gives the value of the threshold below which each token joins the group before it, `[N]`; -inf at a clip's first.
+    """Gives the threshold below which each token joins the group before it, `[N]`; -inf at a clip's first token.
 
-    Token i joins through token i - l if their cosine c_l is above the threshold and the group is still open from there
-    on: `t_i = max over l of min(c_l, s_l)` with `s_l = min(t_{i-l+1}, ..., t_{i-1})`. From one token to the next s goes
-    by `s'_1 = inf, s'_{l+1} = min(s_l, t_i)`; because s falls with l, that is a matrix product with max for the sum and
-    min for the product. These are associative, so a prefix scan by doubling gives all tokens' s at once.
+    Token i joins through token i - l if their cosine c_l is above the threshold, and so is what every token between
+    them joined by: `t_i = max over l of min(c_l, s_l)` with `s_l = min(t_{i-l+1}, ..., t_{i-1})`. The next token has
+    `s'_1 = inf` and `s'_{l+1} = min(s_l, t_i)`. As s falls with l, `min(s_l, s_k) = s_max(l,k)`, so s' is a matrix times
+    s with max for the sum and min for the product: `s'_{l+1}` takes s_l times the greatest of c_1 to c_l, and s_k times
+    c_k for each k > l. Such products are associative, so a prefix scan by doubling gives all tokens' s at once.
 
     Args:
         metric: `[N, E]`, what is compared.
@@ -96,27 +98,24 @@ def join_values(metric: Tensor, lengths: Sequence[int], window: int) -> Tensor:
     if window == 1:
         return cosines[:, 0]
     row, column = torch.arange(window, device=metric.device)[:, None], torch.arange(window, device=metric.device)
-    steps = cosines[:, None].where(column >= row, -torch.inf)  # [N, window, window]
+    steps = cosines[:, None].where(column >= row, -torch.inf)  # [N, window, window]; row l is of s'_{l+1}
     steps = steps.where(column != row - 1, cosines.cummax(1).values[:, None])
     steps[:, 0] = torch.where(column == 0, torch.inf, -torch.inf)
     reach = 1  # tokens that each product spans
     while reach < max(lengths, default=0):
         steps = torch.cat([steps[:reach], _max_min(steps[reach:], steps[:-reach])])
         reach *= 2
-    before = steps[:, :, 0].roll(1, 0)  # s of each token; a clip's first has no cosines and needs none
+    before = steps[:, :, 0].roll(1, 0)  # s of each token, from inf at the start; a clip's first needs none
     return torch.minimum(cosines, before).amax(1)
 
 
 def _cosines_back(metric: Tensor, lengths: Sequence[int], window: int) -> Tensor:
     """Gives the cosine of each token with those 1 to `window` before it, `[N, window]`; -inf outside its clip."""
-    unit, inside = functional.normalize(metric.float(), dim=1), positions(lengths, metric.device)
-    backs = [
-        functional.pad((unit[back:] * unit[:-back]).sum(dim=1), (min(back, len(unit)), 0))
-        for back in range(1, window + 1)
-    ]
-    return torch.stack(backs, dim=1).masked_fill(
-        inside[:, None] < torch.arange(1, window + 1, device=metric.device), -torch.inf
-    )
+    unit = functional.normalize(metric.float(), dim=1)
+    lags = torch.arange(1, window + 1, device=metric.device)
+    cosines = [functional.pad((unit[lag:] * unit[:-lag]).sum(dim=1), (min(lag, len(unit)), 0)) for lag in lags.tolist()]
+    outside = positions(lengths, metric.device)[:, None] < lags
+    return torch.stack(cosines, dim=1).masked_fill(outside, -torch.inf)
 
 
 def _max_min(later: Tensor, earlier: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from ..kernels import merge_pairs
 from .base import CompressorConfig, Context, check_choice, check_count
-from .merging import MergeCompressor, ThresholdConfig, shorten
+from .merging import MergeCompressor, ThresholdConfig, excess
 from .registry import register
 from .stream import TokenStream
 
@@ -26,8 +26,8 @@ class AToMeConfig(ThresholdConfig):
         pairs: "even-odd" offers a clip's tokens 0 and 1, 2 and 3, and so on; "all-adjacent" all neighbours, taken
             from left to right.
         average: "size" weights the mean by token size, "plain" counts the two tokens of a pair alike.
-        rounds: over which the merging is spread, each removing the same share; default one where that is enough
-            (`keep_ratio` of at least 0.5), else six. Where no round may more than halve a clip, more follow as needed.
+        rounds: over which the merging is spread, each removing the same share; by default one where that can do
+            (`keep_ratio` of at least 0.5), else six. A round halves a clip at most; more follow where that falls short.
     """
 
     pairs: Literal["even-odd", "all-adjacent"] = "even-odd"
@@ -46,8 +46,8 @@ class AToMeConfig(ThresholdConfig):
 class AToMe(MergeCompressor):
     """Merges pairs of adjacent tokens, those of highest cosine similarity first.
 
-    A round pairs the tokens that are left anew. It merges the share of the pairs that meets the budget, or with
-    `threshold` every pair whose cosine is above it, for as many rounds as `rounds` says.
+    Every round pairs the tokens that are left anew and merges the best pairs, as many as the budget asks for. With
+    `threshold`, each of the `rounds` merges all pairs whose cosine is above it, too.
 
     Paper: "Accelerating Transducers through Adjacent Token Merging", arXiv 2306.16009.
 
@@ -76,9 +76,9 @@ class AToMe(MergeCompressor):
         budget, threshold = self.budget(stream.lengths), self.config.threshold
         rounds = self.config.rounds or (1 if self.config.keep_ratio >= 0.5 else LAYERS)
         merged, done = self.start(stream, context), 0
-        while any(shorten(merged.lengths, budget)) or (self.adaptive and done < rounds):
+        while any(excess(merged.lengths, budget)) or (self.adaptive and done < rounds):
             done += 1
-            merges = shorten(merged.lengths, _targets(stream.lengths, budget, done / rounds))
+            merges = excess(merged.lengths, _targets(stream.lengths, budget, done / rounds))
             merges = [min(k, n // 2) for k, n in zip(merges, merged.lengths, strict=True)]
             counts = merge_pairs(
                 merged.similarity(),

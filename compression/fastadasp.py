@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import merge_chains
 from .base import CompressorConfig, Context, check_choice
-from .merging import MergeCompressor, MergeConfig, shorten
+from .merging import MergeCompressor, MergeConfig, excess
 from .registry import register
 from .stream import TokenStream
 
@@ -63,7 +63,7 @@ class FastAdaSP(MergeCompressor):
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Merges in one round."""
         merged = self.start(stream, context)
-        merges = shorten(stream.lengths, self.budget(stream.lengths))
+        merges = excess(stream.lengths, self.budget(stream.lengths))
         counts = merge_chains(merged.similarity(), stream.lengths, merges)
         return self.finish(stream, merged.merge(counts, self._weights(stream, context)))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import merge_chains
 from .base import CompressorConfig, Context, Sizes, check_choice
-from .merging import Merged, MergeCompressor, MergeConfig, shorten
+from .merging import MergeCompressor, MergeConfig, Merged, excess
 from .registry import register
 from .stream import TokenStream
 
@@ -76,7 +76,7 @@ class FastLongSpeech(MergeCompressor):
         merged = self.start(stream, context)
         while merged.lengths != budget:
             targets = [n // 2 if n > 2 * m else m for n, m in zip(merged.lengths, budget, strict=True)]
-            counts = merge_chains(merged.similarity(), merged.lengths, shorten(merged.lengths, targets))
+            counts = merge_chains(merged.similarity(), merged.lengths, excess(merged.lengths, targets))
             merged = merged.merge(counts, self._weights(merged))
         return self.finish(stream, merged)
 

@@ -56,7 +56,8 @@ class ThresholdConfig(MergeConfig):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if self.threshold is not None and not (number and -1 <= self.threshold <= 1):
             raise ValueError(f"threshold is a cosine and must be in [-1, 1], got {self.threshold!r}")
         if self.keep_ratio is None:
             object.__setattr__(self, "keep_ratio", 0.5 if self.threshold is None else 1.0)
@@ -155,6 +156,6 @@ class MergeCompressor(Compressor):
         return ((states[0::2] + states[1::2]) / 2).unflatten(1, (heads, -1)).mean(1)  # [N, width / heads]
 
 
-def shorten(lengths: Sequence[int], targets: Sequence[int]) -> list[int]:
-    """Gives by how many tokens each clip must get shorter; 0 where it is short enough."""
+def excess(lengths: Sequence[int], targets: Sequence[int]) -> list[int]:
+    """Gives how many tokens each clip has over its target, at least 0."""
     return [max(0, n - m) for n, m in zip(lengths, targets, strict=True)]
