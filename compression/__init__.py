@@ -9,7 +9,10 @@ from . import controls as controls
 from . import conv as conv
 from . import fastadasp as fastadasp
 from . import fastlongspeech as fastlongspeech
+from . import omnisift as omnisift
+from . import omnizip as omnizip
 from . import pooling as pooling
+from . import qformer as qformer
 from . import speechprune as speechprune
 from . import stacking as stacking
 from . import ward as ward
