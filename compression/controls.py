@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +10,12 @@ import numpy as np
 import torch
 
 from ..kernels import clip_ids, evenly, offsets
-from .base import Compressor, CompressorConfig, Context
+from .base import Compressor, CompressorConfig, Context, Sizes
 from .registry import register
+from .scenes import modalities, read_scene
 from .stream import TokenStream
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,36 @@ class UniformStride(Compressor):
         """Selects."""
         budget = self.budget(stream.lengths)
         return stream.select(evenly(stream.lengths, budget).to(stream.embeds.device), budget)
+
+
+@register("keep-all-audio")
+class KeepAllAudio(Compressor):
+    """Keeps the audio whole, and gives what is left of the budget to evenly spaced video tokens.
+
+    Where a sample's audio alone is more than its budget, no video stays and the audio is thinned evenly; that it
+    happened is logged once.
+    """
+
+    config_class: ClassVar[type[CompressorConfig]] = HalfConfig
+    stage = "joint"
+    summary = "all audio, then evenly spaced video tokens"
+
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.told = False
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Selects."""
+        totals = self.budget(stream.lengths)
+        audio, heard, video, seen = modalities(stream, read_scene(stream, context, self.name))
+        of_audio = [min(n, m) for n, m in zip(heard, totals, strict=True)]
+        of_video = [m - n for n, m in zip(of_audio, totals, strict=True)]
+        if of_audio != heard and not self.told:
+            self.told = True
+            log.warning(
+                "%s: the audio alone is more than keep_ratio %g allows, so that no video stays and not all audio does",
+                self.name,
+                self.config.keep_ratio,
+            )
+        kept = [audio[evenly(heard, of_audio).to(audio.device)], video[evenly(seen, of_video).to(video.device)]]
+        return stream.select(torch.cat(kept).sort().values, totals)

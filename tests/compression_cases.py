@@ -49,6 +49,9 @@ class Case:
 
 MLP = {"mlp_size": 16}
 OSUM = {"ffn_size": 16}
+SIFT = {"width": 8, "heads": 2}
+QFORMER = {"width": 12, "heads": 2, "ffn_size": 16}
+SHORT_STEPS = {"step": 5, "windows": ((10, 2), (20, 4))}  # at 50 per second: 0.1 s
 ASKED, FIRST_LAYER = frozenset({"question"}), frozenset({"first_layer"})
 
 CASES = [
@@ -106,6 +109,29 @@ CASES = [
     Case("fastlongspeech", {"keep_ratio": 0.1, "weights": "none", "average": "size"}, compares=True),
     Case("fastlongspeech:l400", {"metric": "keys"}, KEYS, compares=True),
     Case("fastlongspeech:l200", compares=True),
+    Case("qformer", QFORMER),
+    Case("qformer", {"keep_ratio": 0.25, "positions": True, "causal": True, **QFORMER}),
+    Case("qformer", {"windows": ((6, 2), (12, 4)), "diversity": 0.1, "tail": "drop", **QFORMER}, covers=False),
+    Case("qformer:salmonn", {"tail": "keep", **QFORMER}, HIDDEN),
+    Case("qformer:salmonn", {"windows": ((3, 1),), **QFORMER}, HIDDEN, covers=False),
+    Case("qformer:salmonn", QFORMER, HIDDEN, covers=False),
+    Case("qformer:favor", QFORMER, HIDDEN),
+    Case("qformer:mrc", QFORMER, HIDDEN),
+    Case("qformer:mrc", {"video": "read", "picture_size": 3, **SHORT_STEPS, **QFORMER}, HIDDEN | {"video"}),
+    Case("qformer:mrc-released", QFORMER, HIDDEN),
+    Case("qformer:mrc-three-level", QFORMER, HIDDEN),
+    Case("qformer:mms-llama", QFORMER, HIDDEN, compares=True),
+    Case("qformer:mms-llama", {"speech_rate": False, "windows": ((6, 2),), **QFORMER}, HIDDEN),
+    Case("qformer:granite-window", QFORMER, HIDDEN),
+    Case("keep-all-audio", {"keep_ratio": 0.8}, covers=False),
+    Case("keep-all-audio", {"keep_ratio": 0.1}, covers=False),
+    Case("omnizip", {"keep_ratio": 0.7}, ATTENTION, covers=False, compares=True),
+    Case("omnizip", {"keep_ratio": 0.1, "window_seconds": 0.5}, ATTENTION, covers=False, compares=True),
+    Case("omnizip:45", {"contextual_ratio": 0.2}, ATTENTION, covers=False, compares=True),
+    Case("omnizip:35", {}, ATTENTION, covers=False, compares=True),
+    Case("omnisift", {"keep_ratio": 0.7, **SIFT}, covers=False, compares=True),
+    Case("omnisift:24", SIFT, covers=False, compares=True),
+    Case("omnisift:36", SIFT, covers=False, compares=True),
     Case("pooling+stacking", {"pooling": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}),
     Case("conv:osum+uniform-stride", {"conv": OSUM, "uniform-stride": {"keep_ratio": 0.3}}, HIDDEN, covers=False),
     Case("ward", {"keep_ratio": 0.5}, compares=True),

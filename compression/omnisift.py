@@ -1,0 +1,178 @@
+"""OmniSIFT: the video that changes stays, and says by cross-attention which audio stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..kernels import pad_clips, segment_mean, top_k
+from .base import Compressor, CompressorConfig, Context, Scene, Sizes, check_count
+from .budget import largest_remainder
+from .registry import register
+from .scenes import (
+    POSITIONS_PER_SECOND,
+    Frames,
+    Groups,
+    SceneConfig,
+    elapsed,
+    modalities,
+    per_group,
+    read_scene,
+    split_budget,
+    unit,
+)
+from .stream import TokenStream
+
+CHUNK = 2 * POSITIONS_PER_SECOND  # the paper's pair of frames lasts 2 s
+
+
+@dataclass(frozen=True)
+class OmniSIFTConfig(SceneConfig):
+    """Options of `OmniSIFT`.
+
+    Args:
+        keep_ratio: tokens out / tokens in, over audio and video together; see `SceneConfig`.
+        rho_a: share of the audio tokens to drop.
+        rho_v: share of the video tokens to drop.
+        width: of the cross-attention.
+        heads: of the cross-attention.
+    """
+
+    usual_rates: ClassVar = (0.5, 0.8)
+
+    width: int = 512
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        check_count("width", self.width, least=2)
+        check_count("heads", self.heads)
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        super().__post_init__()
+
+
+@register("omnisift")
+class OmniSIFT(Compressor):
+    """Drops repeated video by similarity, then lets what is left of it score the audio of the same time.
+
+    Paper: OmniSIFT: Modality-Asymmetric Token Compression for Efficient Omni-modal Large Language Models, arXiv
+    2602.04804.
+
+    1. Video: two consecutive frames are a chunk. The first drops the tokens most like its mean, the second those
+       most like the same place in the whole first frame (cosine); an odd last frame is a first one.
+    2. Audio of the chunk's time: with queries a from the audio, keys and values v from the chunk's remaining video,
+       the score of a token is `s = sigmoid(MLP(LayerNorm(a + attention(a, v))))`. The best of the chunk stay.
+    3. Straight through: a kept audio token is multiplied by `1 + s - s.detach()`, which is 1, so that scores learn.
+
+    Differs from the paper:
+        - The budget is exact: frames and chunks get whole numbers by largest remainder. `SceneConfig` says how audio
+          and video share it in a sample that is not the paper's mix.
+        - Places are matched by height and width, so that frames may differ in size; a new place counts as a change.
+        - The last chunk of a video lasts as long as the one before it. Audio outside all chunks, in spans of 2 s, and
+          audio of a chunk that keeps no video is scored without attention: `attention(a, v) = 0`.
+    """
+
+    config_class: ClassVar[type[CompressorConfig]] = OmniSIFTConfig
+    config: OmniSIFTConfig
+    presets: ClassVar = {"36": {"rho_a": 0.3, "rho_v": 0.7}, "24": {"rho_a": 0.5, "rho_v": 0.8}}
+    stage = "joint"
+    trained = True
+    paper = "2602.04804"
+    summary = "changing video; it scores the audio by cross-attention"
+    differs = "exact budget; audio without video is scored alone"
+
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        width = self.config.width
+        self.project_audio = nn.Sequential(nn.Linear(sizes.hidden_size, width), nn.LayerNorm(width))
+        self.project_video = nn.Sequential(nn.Linear(sizes.hidden_size, width), nn.LayerNorm(width))
+        self.attention = nn.MultiheadAttention(width, self.config.heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Sequential(nn.Linear(width, width // 2), nn.SiLU(), nn.Linear(width // 2, 1))
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Selects video, then audio."""
+        scene, totals = read_scene(stream, context, self.name), self.budget(stream.lengths)
+        audio, audio_counts, _, video_counts = modalities(stream, scene)
+        audio_budget, video_budget = split_budget(audio_counts, video_counts, totals, self.config.kept)
+        frames, clips = Frames.of(scene, stream.clips), stream.clips
+        video = select_video(stream, scene, frames, video_budget)
+        spans = find_spans(stream, scene, frames)
+        audio, video = (rows[spans.ids[rows].argsort(stable=True)] for rows in (audio, video))  # span by span
+        counts, answers = (torch.bincount(spans.ids[rows], minlength=len(spans.counts)) for rows in (audio, video))
+
+        logits = self.score(stream.embeds[audio], counts, stream.embeds[video], answers)
+        per_clip = per_group(clips[spans.firsts], len(totals)).tolist()
+        dealt = largest_remainder(counts, counts, per_clip, audio_budget)
+        picks = top_k(logits.detach(), counts.tolist(), dealt)
+        audio, score = audio[picks], logits[picks].sigmoid()
+        gate = (1 + (score - score.detach())).to(stream.embeds.dtype)  # exactly 1
+        embeds = stream.embeds.index_copy(0, audio, stream.embeds[audio] * gate[:, None])
+        return stream.replace(embeds=embeds).select(torch.cat([audio, video]).sort().values, totals)
+
+    def score(self, audio: Tensor, counts: Tensor, video: Tensor, answers: Tensor) -> Tensor:
+        """Scores audio tokens by the video tokens of their span.
+
+        Args:
+            audio: `[A, D]`, span by span.
+            counts: `[S]` int64, audio tokens per span.
+            video: `[V, D]`, what is kept of it, span by span.
+            answers: `[S]` int64, video tokens per span.
+
+        Returns:
+            `[A]` float32, before the sigmoid.
+        """
+        queries, keys = self.project_audio(audio), self.project_video(video)
+        attended = torch.zeros_like(queries)
+        meet = (counts > 0) & (answers > 0)
+        asking, answering = meet.repeat_interleave(counts), meet.repeat_interleave(answers)
+        if bool(meet.any()):
+            query, asked = pad_clips(queries[asking], counts[meet].tolist())
+            key, real = pad_clips(keys[answering], answers[meet].tolist())
+            found, _ = self.attention(query, key, key, key_padding_mask=~real, need_weights=False)
+            attended[asking] = found[asked].to(attended.dtype)
+        return self.head(self.norm(queries + attended)).squeeze(1).float()
+
+
+@torch.no_grad()
+def select_video(stream: TokenStream, scene: Scene, frames: Frames, budget: Sequence[int]) -> Tensor:
+    """Gives the video tokens that stay: those unlike their frame's mean, or unlike the frame before, `[M]` int64."""
+    scores, first = frames.change(stream.embeds, scene), (frames.ranks % 2 == 0)[frames.ids]
+    ones = torch.ones_like(scores)
+    means = unit(segment_mean(stream.embeds[frames.tokens].float(), ones, frames.counts))
+    rows = first.nonzero().squeeze(1)
+    scores[rows] = (unit(stream.embeds[frames.tokens[rows]]) - means[frames.ids[rows]]).square().sum(dim=1)
+    per_clip = per_group(stream.clips[frames.heads], len(budget)).tolist()
+    dealt = largest_remainder(frames.counts, frames.counts, per_clip, budget)
+    return frames.tokens[top_k(scores, frames.counts.tolist(), dealt)]
+
+
+def find_spans(stream: TokenStream, scene: Scene, frames: Frames) -> Groups:
+    """Groups all tokens, in time order, by the chunk of video that they are part of or sound with.
+
+    A chunk lasts until its video's next one starts; the last as long as the one before, or 2 s if it is the only one.
+    What sounds outside all chunks is grouped by spans of 2 s.
+    """
+    clips, time = stream.clips, elapsed(stream, scene)
+    chunks = Groups.of(frames.runs, frames.ranks // 2)
+    heads, run = frames.heads[chunks.firsts], frames.runs[chunks.firsts]
+    begin = time[heads]
+    to_next = torch.where(run.diff(append=run[-1:]) == 0, begin.diff(append=begin[-1:]), 0)
+    to_last = torch.where(run.diff(prepend=run[:1]) == 0, begin.diff(prepend=begin[:1]), 0)
+    length = torch.where(to_next > 0, to_next, torch.where(to_last > 0, to_last, CHUNK))
+
+    # Clip and time in one number, to find the last chunk that began; a row before all others stands for none.
+    starts, order = ((clips[heads] << 32) + begin).sort(stable=True)
+    stops = functional.pad(starts + length[order], (1, 0), value=-1)
+    starts, order = (functional.pad(x, (1, 0), value=-1) for x in (starts, order))
+    now = (clips << 32) + time
+    at = torch.searchsorted(starts, now, right=True) - 1
+    chunk = torch.where(now < stops[at], order[at], -1)
+    chunk[frames.tokens] = chunks.ids[frames.ids]
+    since = torch.where(chunk < 0, time // CHUNK * CHUNK, functional.pad(begin, (0, 1))[chunk])
+    return Groups.of(clips, since, chunk)

@@ -1,0 +1,290 @@
+"""OmniZip: the audio that the encoder attends to says where video may be pruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..kernels import evenly, pad_clips, segment_reduce, segment_softmax, top_k
+from .base import Compressor, CompressorConfig, Context, Scene, check_count
+from .budget import largest_remainder
+from .registry import register
+from .scenes import (
+    POSITIONS_PER_SECOND,
+    Frames,
+    Groups,
+    SceneConfig,
+    check_share,
+    elapsed,
+    modalities,
+    per_group,
+    read_scene,
+    split_budget,
+    unit,
+)
+from .stream import TokenStream
+
+
+@dataclass(frozen=True)
+class OmniZipConfig(SceneConfig):
+    """Options of `OmniZip`; the defaults are the paper's.
+
+    Args:
+        keep_ratio: tokens out / tokens in, over audio and video together; see `SceneConfig`.
+        rho_a: share of the audio tokens that are not salient.
+        rho_v: share of the video tokens to drop.
+        contextual_ratio: share of the audio tokens kept as anchors beside the salient ones.
+        neighbours: G, the tokens merged into each anchor.
+        window_seconds: length of the windows in which audio says how much video to keep.
+        rho_min: the least that is pruned of a window's video.
+        rho_max: the most.
+        k: neighbours that count for the density of a video token.
+    """
+
+    usual_rates: ClassVar = (0.3, 0.6)
+
+    contextual_ratio: float = 0.05
+    neighbours: int = 3
+    window_seconds: float = 2.0
+    rho_min: float = 0.35
+    rho_max: float = 0.75
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("contextual_ratio", "rho_min", "rho_max"):
+            check_share(name, getattr(self, name))
+        if self.rho_min > self.rho_max:
+            raise ValueError(f"rho_min must be at most rho_max, got {self.rho_min} and {self.rho_max}")
+        check_count("neighbours", self.neighbours, least=0)
+        check_count("k", self.k)
+        if not self.window_seconds > 0:
+            raise ValueError(f"window_seconds must be positive, got {self.window_seconds!r}")
+        super().__post_init__()
+
+    @property
+    def kept(self) -> tuple[float, float]:
+        """The shares of the audio tokens, anchors included, and of the video tokens that the rates keep."""
+        audio, video = super().kept
+        return min(1.0, audio + self.contextual_ratio), video
+
+
+@register("omnizip")
+class OmniZip(Compressor):
+    """Prunes video more where the audio says little, and audio by the attention it receives.
+
+    Paper: OmniZip: Audio-Guided Dynamic Token Compression for Fast Omnimodal Large Language Models, arXiv 2511.14582.
+
+    1. Audio: the tokens that receive most attention in the encoder's last layer stay. Of the rest, anchors at a
+       regular step stay too. Every other token belongs to the anchor it is most like (cosine); the G of them most
+       related to the video (greatest cosine to a video token) are averaged with softmax weights, and the anchor
+       becomes the mean of itself and that average. What is left is dropped.
+    2. Windows of 2 s: where the share S of a window's audio is kept, `rho_max - (rho_max - rho_min) * S` of its video
+       is pruned, normalised to `rho_v` over the sample.
+    3. In a window, frames 2 and 4 keep the tokens that differ most from the same place in the frame before. Frames 1
+       and 3 keep density peaks: with d the distances to the k nearest tokens of the frame, a token's density is
+       `exp(-mean(d^2))`, and its score that times the distance to the nearest token of higher density.
+
+    Differs from the paper:
+        - The budget is exact: windows and frames get whole numbers by largest remainder. `SceneConfig` says how audio
+          and video share it in a sample that is not the paper's mix.
+        - Rates are normalised by one shift for all windows of a sample that have audio, and clamped to [rho_min,
+          rho_max]; the paper leaves the two extreme windows as they are. Where `rho_v` itself lies outside, the clamp
+          opens to 0 or to 1: theirs always keeps a quarter of the video. Windows without audio get `rho_v`.
+        - Anchors are at most half of the audio kept, so that salient tokens stay under any budget.
+        - Distances are between unit vectors: `exp(-d^2)` of raw tokens thousands wide is 0. Of equally dense tokens
+          the earlier counts as denser, so that duplicates do not all become peaks.
+        - An anchor keeps its slot, since the tokens merged into it may lie anywhere in the clip. Without video, the
+          tokens most like the anchor are merged.
+    """
+
+    config_class: ClassVar[type[CompressorConfig]] = OmniZipConfig
+    config: OmniZipConfig
+    presets: ClassVar = {"45": {"rho_a": 0.3, "rho_v": 0.6}, "35": {"rho_a": 0.4, "rho_v": 0.7}}
+    stage = "joint"
+    paper = "2511.14582"
+    summary = "salient audio and anchors; it guides how video is pruned"
+    differs = "exact budget, rates normalised by one shift"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The attention that audio tokens receive."""
+        return frozenset({"encoder_attention"})
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Selects and merges audio, then selects video."""
+        scene, totals = read_scene(stream, context, self.name), self.budget(stream.lengths)
+        attention = self.read_attention(stream, scene, context)
+        audio, audio_counts, video, video_counts = modalities(stream, scene)
+        audio_budget, video_budget = split_budget(audio_counts, video_counts, totals, self.config.kept)
+        anchors = [
+            min(math.floor(self.config.contextual_ratio * n + 0.5), kept // 2)
+            for n, kept in zip(audio_counts, audio_budget, strict=True)
+        ]
+        dominant = [kept - a for kept, a in zip(audio_budget, anchors, strict=True)]
+        salient = audio[top_k(attention[audio], audio_counts, dominant)]
+        rest, rest_counts = without(audio, salient), [n - s for n, s in zip(audio_counts, dominant, strict=True)]
+        anchor = rest[evenly(rest_counts, anchors).to(rest.device)]
+        kept_video = self.select_video(stream, scene, torch.cat([salient, anchor]), video_budget)
+        merged = self.merge(stream, anchor, without(rest, anchor), video)
+        return merged.select(torch.cat([salient, anchor, kept_video]).sort().values, totals)
+
+    def read_attention(self, stream: TokenStream, scene: Scene, context: Context) -> Tensor:
+        """Gives the attention received; raises ValueError if it does not fit the stream or an audio token has none."""
+        attention: Tensor = context.require("encoder_attention", self.name)
+        if attention.shape != stream.slots.shape:
+            raise ValueError(
+                f"{self.name}: encoder_attention must be [{len(stream.slots)}], one number per token of the stream, "
+                f"got {list(attention.shape)}"
+            )
+        broken = attention.isnan() & ~scene.is_video
+        if bool(broken.any()):
+            clip = int(stream.clips[broken][0])
+            raise ValueError(f"{self.name}: clip {clip} of {len(stream.lengths)} has NaN in encoder_attention")
+        return attention.float()
+
+    def merge(self, stream: TokenStream, anchor: Tensor, pool: Tensor, video: Tensor) -> TokenStream:
+        """Merges into each anchor those tokens of the pool that are most like it, the G most related to the video.
+
+        Args:
+            stream: of all tokens.
+            anchor: `[A]` int64, where the anchors are.
+            pool: `[P]` int64, where the tokens to merge or drop are.
+            video: `[V]` int64, where the video tokens are.
+        """
+        pool = pool[torch.isin(stream.clips[pool], stream.clips[anchor])]
+        if self.config.neighbours == 0 or len(pool) == 0:
+            return stream
+        nearest, relation = relate(stream, anchor, pool, video)
+        groups = Groups.of(nearest)
+        counts = groups.counts.clamp(max=self.config.neighbours)
+        chosen = groups.order[top_k(relation[groups.order], groups.counts.tolist(), counts.tolist())]
+        anchor, members, weights = (
+            anchor[nearest[groups.firsts]],
+            pool[chosen],
+            segment_softmax(relation[chosen], counts),
+        )
+        average = segment_reduce(weights[:, None] * stream.embeds[members].float(), "sum", counts)
+        merged = ((stream.embeds[anchor].float() + average) / 2).to(stream.embeds.dtype)
+        sizes = stream.sizes[anchor] + segment_reduce(stream.sizes[members], "sum", counts)
+        return stream.replace(
+            embeds=stream.embeds.index_copy(0, anchor, merged), sizes=stream.sizes.index_copy(0, anchor, sizes)
+        )
+
+    def select_video(self, stream: TokenStream, scene: Scene, audio: Tensor, budget: Sequence[int]) -> Tensor:
+        """Gives which video tokens stay, given the `audio` tokens that do: indices into the stream, int64."""
+        clips, config = stream.clips, self.config
+        length = config.window_seconds * POSITIONS_PER_SECOND
+        window = torch.div(elapsed(stream, scene), length, rounding_mode="floor").long()
+        windows, frames = Groups.of(clips, window), Frames.of(scene, clips, window)
+        if len(frames.counts) == 0:
+            return frames.tokens
+        of_frame, count = windows.ids[frames.heads], len(windows.counts)
+
+        video, sound, kept = (
+            per_group(ids, count)
+            for ids in (windows.ids[scene.is_video], windows.ids[~scene.is_video], windows.ids[audio])
+        )
+        of_window = clips[windows.firsts].cpu()
+        rates = prune_rates(config, kept / sound, video, of_window, budget)
+        dealt = largest_remainder(video * (1 - rates), video, per_group(of_window, len(budget)).tolist(), budget)
+        dealt = largest_remainder(frames.counts, frames.counts, per_group(of_frame, count).tolist(), dealt)
+
+        scores, first = frames.change(stream.embeds, scene), frames.ranks % 2 == 0
+        rows = first[frames.ids].nonzero().squeeze(1)
+        points, real = pad_clips(unit(stream.embeds[frames.tokens[rows]]), frames.counts[first].tolist())
+        scores[rows] = density_peaks(points, real, config.k)[real]
+        return frames.tokens[top_k(scores, frames.counts.tolist(), dealt)]
+
+
+def without(rows: Tensor, taken: Tensor) -> Tensor:
+    """Gives the rows that are not taken, in order."""
+    return rows[~torch.isin(rows, taken)]
+
+
+@torch.no_grad()
+def relate(stream: TokenStream, anchor: Tensor, pool: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives for every token of the pool the most similar anchor of its clip, and its relation to the video.
+
+    An anchor is given as an index into `anchor`. The relation is the greatest cosine to a video token of the clip;
+    without video, the cosine to the anchor.
+
+    Returns:
+        `[P]` int64 and `[P]` float32.
+    """
+    clips, count = stream.clips, len(stream.lengths)
+    parts = [rows.split(per_group(clips[rows], count).tolist()) for rows in (anchor, pool, video)]
+    nearest, relation, start = [], [], 0
+    with torch.autocast(stream.embeds.device.type, enabled=False):
+        # clip by clip, because the table of all pairs of a batch would be as large as all clips together
+        for anchors, tokens, frames in zip(*parts, strict=True):
+            if len(tokens):
+                token = unit(stream.embeds[tokens])
+                likeness, index = (token @ unit(stream.embeds[anchors]).T).max(dim=1)
+                nearest.append(index + start)
+                relation.append((token @ unit(stream.embeds[frames]).T).amax(dim=1) if len(frames) else likeness)
+            start += len(anchors)
+    return torch.cat(nearest), torch.cat(relation)
+
+
+def prune_rates(
+    config: OmniZipConfig, retention: Tensor, video: Tensor, clips: Tensor, budget: Sequence[int]
+) -> Tensor:
+    """Gives the share of each window's video to prune; over a clip they come to what its budget asks for.
+
+    Args:
+        config: of the method.
+        retention: `[W]`, the share of the window's audio that is kept; NaN where there is none.
+        video: `[W]` int64, video tokens of the window.
+        clips: `[W]` int64, ascending.
+        budget: video tokens to keep per clip.
+
+    Returns:
+        `[W]` float64.
+    """
+    count, guided = len(budget), ~retention.isnan()
+    totals = torch.bincount(clips, video.double(), minlength=count)
+    wanted = (1 - torch.tensor(budget, dtype=torch.double) / totals.clamp(min=1))[clips]
+    lowest = torch.full_like(wanted, config.rho_min).masked_fill(wanted < config.rho_min, 0)
+    highest = torch.full_like(wanted, config.rho_max).masked_fill(wanted > config.rho_max, 1)
+    start = config.rho_max - (config.rho_max - config.rho_min) * retention.double().nan_to_num()
+    below, above = -torch.ones(count, dtype=torch.double), torch.ones(count, dtype=torch.double)
+    for _ in range(50):  # halves what is not known of the shift
+        shift = (below + above) / 2
+        rates = torch.where(guided, (start + shift[clips]).clamp(lowest, highest), wanted)
+        too_high = torch.bincount(clips, video * (rates - wanted), minlength=count) > 0
+        below, above = torch.where(too_high, below, shift), torch.where(too_high, shift, above)
+    return rates
+
+
+@torch.no_grad()
+def density_peaks(points: Tensor, real: Tensor, k: int) -> Tensor:
+    """Scores points by density peaks: the log of density times distance to the nearest denser point.
+
+    Args:
+        points: `[F, n, D]` float32.
+        real: `[F, n]` bool, which of them there are.
+        k: neighbours that count for the density.
+
+    Returns:
+        `[F, n]` float32; -inf at duplicates of an earlier point.
+    """
+    n = points.shape[1]
+    # not by matrix products: equal points are at distance 0 exactly, whatever else is in the batch
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    index = torch.arange(n, device=points.device)
+    other = (index[:, None] != index) & real[:, None, :]  # [F, n, n]
+    padded = functional.pad(distance.masked_fill(~other, torch.inf), (0, k), value=torch.inf)
+    near = padded.topk(k, largest=False).values.square()  # [F, n, k]
+    spread = near.masked_fill(near.isinf(), 0).sum(dim=-1) / near.isfinite().sum(dim=-1).clamp(min=1)
+
+    here, there = spread[:, :, None], spread[:, None, :]
+    denser = ((there < here) | ((there == here) & (index < index[:, None]))) & other
+    gap = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
+    farthest = distance.masked_fill(~other, 0).amax(dim=-1)  # of the densest point, which has no denser one
+    return torch.where(gap.isinf(), farthest, gap).log() - spread

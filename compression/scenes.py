@@ -1,0 +1,236 @@
+"""What methods on audio and video together share: frames, groups, and who gets how much of the budget.
+
+Time is TMRoPE's, 25 positions per second, because it alone says which audio and video happen together: sound in a video
+shares the video's positions, and every other clip of the sample starts after what came before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .base import CompressorConfig, Context, Scene
+from .budget import largest_remainder
+from .stream import TokenStream
+
+POSITIONS_PER_SECOND = 25  # of TMRoPE's time
+
+# The audio and the video tokens of 2 s, for which OmniZip (2511.14582) and OmniSIFT (2602.04804) state what they keep.
+PUBLISHED_WINDOW = (50, 288)
+
+
+@dataclass(frozen=True)
+class SceneConfig(CompressorConfig):
+    """Adds the papers' rates: the shares of audio and of video tokens that are dropped.
+
+    The budget of a sample is `keep_ratio` of all its tokens, whatever its mix of audio and video. The rates say how
+    the two share it: in proportion to what they would keep of each. In the papers' mix, 50 audio tokens to 288 video
+    tokens, both come out as given.
+
+    Args:
+        keep_ratio: tokens out / tokens in, over audio and video together. Without it, what the rates keep of the
+            papers' mix; given alone, the usual rates say how audio and video share it.
+        rho_a: share of the audio tokens to drop, together with `rho_v`.
+        rho_v: share of the video tokens to drop.
+    """
+
+    rate_options: ClassVar[frozenset[str]] = frozenset({"keep_ratio", "rho_a", "rho_v"})
+    usual_rates: ClassVar[tuple[float, float]]
+
+    keep_ratio: float = None  # type: ignore[assignment]  # None only until it is worked out
+    rho_a: float | None = None
+    rho_v: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rho_a is None) != (self.rho_v is None):
+            raise ValueError(f"rho_a and rho_v go together, got {self.rho_a!r} and {self.rho_v!r}")
+        if self.keep_ratio is None and self.rho_a is None:
+            object.__setattr__(self, "rho_a", self.usual_rates[0])
+            object.__setattr__(self, "rho_v", self.usual_rates[1])
+        if self.rho_a is not None:
+            check_share("rho_a", self.rho_a)
+            check_share("rho_v", self.rho_v)
+            nominal = sum(n * kept for n, kept in zip(PUBLISHED_WINDOW, self.kept, strict=True)) / sum(PUBLISHED_WINDOW)
+            if self.keep_ratio is None:
+                object.__setattr__(self, "keep_ratio", nominal)
+            elif abs(self.keep_ratio - nominal) > 1e-6:
+                raise ValueError(
+                    f"rho_a {self.rho_a} and rho_v {self.rho_v} give keep_ratio {nominal:.6g}, but keep_ratio is "
+                    f"{self.keep_ratio}: give the one or the other"
+                )
+        super().__post_init__()
+
+    @property
+    def kept(self) -> tuple[float, float]:
+        """The shares of the audio and of the video tokens that the rates keep, in the papers' mix."""
+        rho_a, rho_v = self.usual_rates if self.rho_a is None or self.rho_v is None else (self.rho_a, self.rho_v)
+        return 1 - rho_a, 1 - rho_v
+
+
+def check_share(option: str, value: object) -> None:
+    """Raises ValueError unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{option} must be in [0, 1], got {value!r}")
+
+
+def read_scene(stream: TokenStream, context: Context, method: str) -> Scene:
+    """Gives the scene of the stream, all audio where the context has none; raises ValueError if it does not fit."""
+    scene = context.scene
+    if scene is None:
+        return Scene.of_audio(stream)
+    n = len(stream.embeds)
+    for name, shape in {"is_video": (n,), "seconds": (n,), "positions": (3, n), "sources": (n,)}.items():
+        if getattr(scene, name).shape != shape:
+            got = list(getattr(scene, name).shape)
+            raise ValueError(f"{method}: scene.{name} must be {list(shape)} for a stream of {n} tokens, got {got}")
+    if scene.is_video.dtype != torch.bool:
+        raise ValueError(f"{method}: scene.is_video must be bool, got {scene.is_video.dtype}")
+    return scene
+
+
+def modalities(stream: TokenStream, scene: Scene) -> tuple[Tensor, list[int], Tensor, list[int]]:
+    """Gives where the audio tokens are and how many each clip has, then the same of the video tokens."""
+    audio, video = (~scene.is_video).nonzero().squeeze(1), scene.is_video.nonzero().squeeze(1)
+    clips, count = stream.clips, len(stream.lengths)
+    return audio, per_group(clips[audio], count).tolist(), video, per_group(clips[video], count).tolist()
+
+
+def split_budget(
+    audio: Sequence[int], video: Sequence[int], totals: Sequence[int], kept: tuple[float, float]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shares each clip's total between its audio and its video tokens, in proportion to what is to be kept of each.
+
+    Args:
+        audio: audio tokens per clip.
+        video: video tokens per clip.
+        totals: tokens to keep per clip.
+        kept: shares of the audio and of the video tokens.
+    """
+    limits = torch.tensor([audio, video], dtype=torch.double).T  # [C, 2]
+    shares = limits * torch.tensor(kept, dtype=torch.double)
+    dealt = largest_remainder(shares.flatten(), limits.flatten(), [2] * len(totals), totals)
+    return dealt[::2], dealt[1::2]
+
+
+def elapsed(stream: TokenStream, scene: Scene) -> Tensor:
+    """Gives each token's time since its clip's first token, in positions: `[N]` int64."""
+    time, clips = scene.positions[0], stream.clips
+    start = time.new_zeros(len(stream.lengths)).scatter_reduce(0, clips, time, "amin", include_self=False)
+    return time - start[clips]
+
+
+def per_group(ids: Tensor, groups: int) -> Tensor:
+    """Counts the rows of each group: `[G]` int64, on the CPU, where budgets are dealt out."""
+    return torch.bincount(ids, minlength=groups).cpu()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows with equal keys. Groups are numbered in the order of their keys.
+
+    Args:
+        ids: `[N]` int64, the group of each row.
+        counts: `[G]` int64, rows per group.
+        order: `[N]` int64, the rows group by group, inside a group as they come.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, *keys: Tensor) -> Groups:
+        """Groups rows by their keys, `[N]` int64 each, of which the first counts most in the order of the groups."""
+        ids = torch.zeros_like(keys[0])
+        for key in keys:
+            values, rank = key.unique(return_inverse=True)
+            ids = (ids * len(values) + rank).unique(return_inverse=True)[1]
+        return cls(ids, torch.bincount(ids), ids.argsort(stable=True))
+
+    @property
+    def firsts(self) -> Tensor:
+        """The first row of each group, `[G]` int64."""
+        return self.order[self.counts.cumsum(0) - self.counts]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The video tokens of a scene, frame by frame; the model's frame is a pair of the video's.
+
+    Args:
+        tokens: `[V]` int64, where in the stream each one is.
+        ids: `[V]` int64, the frame of each.
+        counts: `[F]` int64, tokens per frame.
+        runs: `[F]` int64, the run of each frame: the frames of one source with the same keys, in time order.
+        ranks: `[F]` int64, the frame's index in its run.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    counts: Tensor
+    runs: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def of(cls, scene: Scene, *keys: Tensor) -> Frames:
+        """Finds the frames: the tokens of a source that share their time. `keys` (`[N]` int64 each) part the runs."""
+        video = scene.is_video.nonzero().squeeze(1)
+        by_run = Groups.of(*(key[video] for key in keys), scene.sources[video])
+        frames = Groups.of(by_run.ids, scene.positions[0, video])
+        runs = by_run.ids[frames.firsts]
+        lengths = torch.bincount(runs)
+        ranks = torch.arange(len(runs), device=runs.device) - (lengths.cumsum(0) - lengths)[runs]
+        return cls(video[frames.order], frames.ids[frames.order], frames.counts, runs, ranks)
+
+    @property
+    def heads(self) -> Tensor:
+        """Where in the stream each frame's first token is, `[F]` int64."""
+        return self.tokens[self.counts.cumsum(0) - self.counts]
+
+    def partners(self, scene: Scene) -> Tensor:
+        """Pairs the frames of each run two by two, and finds second frames' tokens in the first ones.
+
+        Args:
+            scene: of the stream.
+
+        Returns:
+            `[V]` int64, the index into `tokens` of the first frame's token at the same height and width; -1 where
+            there is none, and in first frames.
+        """
+        height, width = scene.positions[1:, self.tokens]
+        places = Groups.of(height, width)
+        code = self.ids * len(places.counts) + places.ids
+        in_order, by_code = code.sort(stable=True)
+        wanted = code - len(places.counts)
+        at = torch.searchsorted(in_order, wanted).clamp(max=len(code) - 1)
+        second = (self.ranks % 2 == 1)[self.ids]
+        return torch.where(second & (in_order[at] == wanted), by_code[at], -1)
+
+    def change(self, embeds: Tensor, scene: Scene) -> Tensor:
+        """Gives how much every token of a pair's second frame differs from the first frame at its place.
+
+        The squared distance of the two unit vectors, which is 2 - 2 cosine, but exactly 0 for equal tokens.
+
+        Args:
+            embeds: `[N, D]`, of the stream.
+            scene: of the stream.
+
+        Returns:
+            `[V]` float32; infinite where the first frame has no such place, and in first frames.
+        """
+        partners = self.partners(scene)
+        rows = (partners >= 0).nonzero().squeeze(1)
+        here, before = (unit(embeds[self.tokens[index]]) for index in (rows, partners[rows]))
+        change = torch.full(self.tokens.shape, torch.inf, device=embeds.device)
+        change[rows] = (here - before).square().sum(dim=1)
+        return change
+
+
+def unit(embeds: Tensor) -> Tensor:
+    """Scales rows to length 1, in float32; zeros stay."""
+    return functional.normalize(embeds.float(), dim=-1)
