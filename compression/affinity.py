@@ -57,7 +57,10 @@ class Affinity(MergeCompressor):
 
     config_class: ClassVar[type[CompressorConfig]] = AffinityConfig
     config: AffinityConfig
-    presets: ClassVar = {"aggressive": {"threshold": 0.8}, "conservative": {"threshold": 0.9}}
+    presets: ClassVar = {
+        "aggressive": {"threshold": 0.8, "window": 1},
+        "conservative": {"threshold": 0.9, "window": 1},
+    }
     paper = "2604.06871"
     summary = "a token joins the open group while similar enough"
     differs = "at the LLM's input only"
@@ -85,9 +88,9 @@ def join_values(metric: Tensor, lengths: Sequence[int], window: int) -> Tensor:
 
     Token i joins through token i - l if their cosine c_l is above the threshold, and so is what every token between
     them joined by: `t_i = max over l of min(c_l, s_l)` with `s_l = min(t_{i-l+1}, ..., t_{i-1})`. The next token has
-    `s'_1 = inf` and `s'_{l+1} = min(s_l, t_i)`. As s falls with l, `min(s_l, s_k) = s_max(l,k)`, so s' is a matrix times
-    s with max for the sum and min for the product: `s'_{l+1}` takes s_l times the greatest of c_1 to c_l, and s_k times
-    c_k for each k > l. Such products are associative, so a prefix scan by doubling gives all tokens' s at once.
+    `s'_1 = inf` and `s'_{l+1} = min(s_l, t_i)`. As s falls with l, `min(s_l, s_k) = s_max(l,k)`: so s' is a matrix
+    times s, with max for the sum and min for the product, where `s'_{l+1}` takes s_l times the greatest of c_1 to c_l,
+    and s_k times c_k for each k > l. Such products are associative: a prefix scan by doubling gives every token's s.
 
     Args:
         metric: `[N, E]`, what is compared.
