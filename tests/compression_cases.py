@@ -54,7 +54,7 @@ QFORMER = {"width": 12, "heads": 2, "ffn_size": 16}
 SHORT_STEPS = {"step": 5, "windows": ((10, 2), (20, 4))}  # at 50 per second: 0.1 s
 ASKED, FIRST_LAYER = frozenset({"question"}), frozenset({"first_layer"})
 
-CASES = [
+ALL_CASES = [
     Case("none"),
     Case("random", {"keep_ratio": 0.8}, covers=False),
     Case("random", {"keep_ratio": 0.1}, covers=False),
@@ -92,6 +92,9 @@ CASES = [
     Case("speechprune:spiral", {}, ASKED | FIRST_LAYER, covers=False, compares=True),
     Case("speechprune:phase-1", {}, ASKED, covers=False, compares=True),
     Case("speechprune:phase-2", {}, FIRST_LAYER, covers=False, compares=True),
+    Case("atome:encoder", {"layers": 2}, KEYS),
+    Case("atome", {"stage": "encoder", "layers": (0,), "keep_ratio": 0.2, "pairs": "all-adjacent", "average": "plain"}),
+    Case("atome", {"stage": "encoder", "layers": 1, "threshold": 0.1, "proportional_attention": True}),
     Case("atome", compares=True),
     Case("atome", {"keep_ratio": 0.1, "proportional_attention": True}, compares=True),
     Case("atome", {"keep_ratio": 0.3, "metric": "keys", "pairs": "all-adjacent"}, KEYS, compares=True),
@@ -141,6 +144,9 @@ CASES = [
     Case("ward:exact", {"max_segment": 3, "proportional_attention": False}, compares=True),
     Case("ward+stacking", {"ward": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}, compares=True),
 ]
+# Methods between tower and LLM, and those inside the tower, which have a suite of their own.
+CASES = [case for case in ALL_CASES if case.build().stage != "encoder"]
+ENCODER_CASES = [case for case in ALL_CASES if case.build().stage == "encoder"]
 
 
 def make_stream(lengths: Sequence[int], seed: int = 0) -> TokenStream:

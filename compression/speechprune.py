@@ -1,0 +1,201 @@
+"""Query-aware pruning: first by likeness to the question, then by a binarised copy of the LLM's first attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..kernels import positions, segment_mean, segment_reduce, top_k
+from .base import TOKENS_PER_SECOND, Compressor, CompressorConfig, Context, Sizes, check_finite
+from .budget import token_budget
+from .registry import register
+from .stream import TokenStream
+
+# The paper's main table: of clips of 87.89 s on average phase 1 keeps 750 tokens, and phase 2 four fifths of those.
+SPIRAL_PHASE1 = 750 / (87.89 * TOKENS_PER_SECOND)
+SPIRAL = 0.8 * SPIRAL_PHASE1
+
+MAP_ELEMENTS = 2**24  # of an attention map held at a time: 64 MiB in float32 (a guess)
+
+
+@dataclass(frozen=True)
+class SpeechPruneConfig(CompressorConfig):
+    """Options of `SpeechPrune`.
+
+    Args:
+        keep_ratio: tokens out / tokens in, in (0, 1].
+        phase1_share: how much of the pruning phase 1 does: it keeps `keep_ratio ** phase1_share` of the tokens, and
+            phase 2 the rest of the way. 1 is phase 1 alone, 0 phase 2 alone, 1/2 prunes by the same factor in both.
+    """
+
+    keep_ratio: float = 0.5
+    phase1_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = self.phase1_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"phase1_share is phase 1's share of the pruning and must be in [0, 1], got {share!r}")
+
+
+@register("speechprune")
+class SpeechPrune(Compressor):
+    """Keeps the tokens that resemble the question, and of those the ones that attract attention.
+
+    Phase 1. A token's relevance is its mean cosine with the question's tokens; a second's is the sum over its tokens.
+    With p the softmax over a clip's seconds, second i keeps its `n_i = floor(budget * p_i)` most relevant tokens.
+
+    Phase 2, on what is left: `A = softmax(Q K^T / sqrt(d))` with `Q = sign(S) sign(W_q)`, `K = sign(S) sign(W_k)` and
+    the weights of the LLM's first layer. Kept are the tokens that receive the most attention, summed over heads and
+    queries.
+
+    Paper: SpeechPrune: Context-aware Token Pruning for Speech Information Retrieval, arXiv 2412.12009.
+
+    Differs from the paper:
+        - Its n_i miss the budget: floors leave tokens over, and n_i may exceed the second's tokens. Ours are
+          `floor(lambda * p_i)`, at most the second's tokens, with the least `lambda >= budget` that meets it exactly.
+        - Both rates follow from the clip's length. The paper keeps 750 tokens in phase 1 whatever the length; the
+          preset `spiral` does so for its mean clip.
+        - It prints the mean of A over the keys, which is the same for every token; ours is over the queries.
+        - Open there, and read literally here: phase 2 has no LayerNorm, bias, rotary embedding or causal mask; sign(0)
+          is 0; a short last second has the smaller sum.
+    """
+
+    config_class: ClassVar[type[CompressorConfig]] = SpeechPruneConfig
+    config: SpeechPruneConfig
+    presets: ClassVar = {
+        "spiral": {"keep_ratio": SPIRAL, "phase1_share": math.log(SPIRAL_PHASE1) / math.log(SPIRAL)},
+        "phase-1": {"phase1_share": 1.0},
+        "phase-2": {"phase1_share": 0.0},
+    }
+    query_aware = True
+    paper = "2412.12009"
+    summary = "tokens like the question, then those the first layer attends to"
+    differs = "meets the budget exactly; rates instead of 750 tokens"
+
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.query_aware = self.config.phase1_share > 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The question for phase 1, the LLM's first layer for phase 2."""
+        share = self.config.phase1_share
+        return frozenset({"question"} if share > 0 else ()) | frozenset({"first_layer"} if share < 1 else ())
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Prunes twice, or once."""
+        budget, share = self.budget(stream.lengths), self.config.phase1_share
+        if share > 0:
+            scores = relevance(stream, self.read_question(stream, context))
+            survivors = token_budget(stream.lengths, self.config.keep_ratio**share)
+            stream = stream.select(top_k(scores, stream.lengths, survivors), survivors)
+        if stream.lengths != budget:
+            scores = attention_received(stream, self.read_first_layer(context))
+            stream = stream.select(top_k(scores, stream.lengths, budget), budget)
+        return stream
+
+    def read_question(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Gives the question's tokens.
+
+        Raises:
+            ValueError: they are not of the stream's clips, not of its width or not finite, or a clip with tokens has
+                no question.
+        """
+        question: TokenStream = context.require("question", self.name)
+        clips, width = len(question.lengths), question.embeds.shape[1]
+        if clips != len(stream.lengths) or width != self.hidden_size:
+            raise ValueError(
+                f"{self.name}: question must be of the stream's {len(stream.lengths)} clips and of width "
+                f"{self.hidden_size}, got {clips} clips of width {width}"
+            )
+        for clip, (words, tokens) in enumerate(zip(question.lengths, stream.lengths, strict=True)):
+            if tokens and not words:
+                raise ValueError(f"{self.name}: clip {clip} of {clips} has {tokens} tokens but an empty question")
+        check_finite(question, self.name, "question")
+        return question
+
+    def read_first_layer(self, context: Context) -> nn.Module:
+        """Gives the attention of the LLM's first layer; raises ValueError if it is not of the stream's width."""
+        attention: nn.Module = context.require("first_layer", self.name).self_attn
+        width = attention.q_proj.weight.shape[1]  # type: ignore[union-attr, index]
+        if width != self.hidden_size:
+            raise ValueError(f"{self.name}: first_layer must be of width {self.hidden_size}, got {width}")
+        return attention
+
+
+@torch.no_grad()
+def relevance(stream: TokenStream, question: TokenStream) -> Tensor:
+    """Scores the tokens so that the best `budget` of a clip are what phase 1 keeps, `[N]` float32.
+
+    The token of rank r (0 is the best) in second i is among the first `floor(lambda * p_i)` as soon as lambda reaches
+    `(r + 1) / p_i`. So the tokens that a growing lambda lets in come in the order of `log p_i - log(r + 1)`, and p's
+    denominator, the same for a whole clip, drops out. A second is one of the uncompressed clip's.
+
+    Args:
+        stream: the clips' tokens, `[N, D]`.
+        question: at least one token for each clip that has any, `[Q, D]`.
+    """
+    unit = functional.normalize(question.embeds.float(), dim=1)
+    asked = torch.tensor(question.lengths, dtype=torch.long, device=unit.device)
+    mean = unit.new_zeros(len(asked), unit.shape[1])  # [C, D]: the mean of cosines is the cosine with the mean
+    mean[asked > 0] = segment_mean(unit, torch.ones_like(unit[:, 0]), asked[asked > 0])
+    # not a matrix product, which autocast would take in bf16
+    cosine = (functional.normalize(stream.embeds.float(), dim=1) * mean[stream.clips]).sum(dim=1)
+
+    key = stream.clips * 2**32 + stream.slots // TOKENS_PER_SECOND
+    _, second, counts = key.unique_consecutive(return_inverse=True, return_counts=True)
+    best_first = cosine.argsort(descending=True, stable=True)
+    best_first = best_first[second[best_first].argsort(stable=True)]  # second by second
+    rank = torch.empty_like(second)
+    rank[best_first] = positions(counts.tolist(), rank.device)
+    return segment_reduce(cosine, "sum", counts)[second] - (rank + 1).log()
+
+
+@torch.no_grad()
+def attention_received(stream: TokenStream, attention: nn.Module) -> Tensor:
+    """Scores the tokens by the binarised attention that they receive from their own clip, `[N]` float32.
+
+    The logarithm of the sum over heads and queries. Products of signs are large numbers, so that a softmax over them is
+    all but one-hot: outside the logarithm most of its values underflow to the same 0.
+
+    Args:
+        stream: the clips' tokens, `[N, D]`.
+        attention: with `q_proj`, `k_proj` and `head_dim`; key heads may be fewer than query heads.
+    """
+    size = int(attention.head_dim)  # type: ignore[arg-type]
+    with torch.autocast(stream.embeds.device.type, enabled=False):
+        signs = stream.embeds.float().sign()
+        q, k = (signs @ layer.weight.to(signs).sign().T for layer in (attention.q_proj, attention.k_proj))  # type: ignore[union-attr, operator]
+        parts = zip(q.split(stream.lengths), k.split(stream.lengths), strict=True)
+        return torch.cat([signs[:0, 0], *(_column_sums(q, k, size) for q, k in parts if len(q))])
+
+
+def _column_sums(q: Tensor, k: Tensor, size: int) -> Tensor:
+    """Gives the log of the column sums of softmax(Q K^T / sqrt(d)) over all heads, a block of queries at a time.
+
+    Args:
+        q: `[n, H * size]`.
+        k: `[n, G * size]`; each of its heads serves H / G heads of q.
+        size: of a head.
+
+    Returns:
+        `[n]`.
+    """
+    k = rearrange(k, "n (g d) -> g n d", d=size)
+    q = rearrange(q, "n (g h d) -> g d (n h)", g=len(k), d=size)
+    sums = []
+    # Keys by queries: every key is summed along a row, in the same order, so that equal keys get equal sums.
+    for block in q.split(max(1, MAP_ELEMENTS // k[..., 0].numel()), dim=2):
+        weights = (k @ block).div_(math.sqrt(size)).log_softmax(dim=1)  # [G, n, queries]
+        top = weights.amax(dim=2, keepdim=True)
+        # far below what float32 can add to 1, and five times as fast as exp where it underflows
+        scaled = (weights - top).clamp_(min=-80).exp_()
+        sums.append(scaled.sum(dim=2).log() + top.squeeze(2))  # [G, n]
+    return torch.cat(sums).T.contiguous().logsumexp(dim=1)
