@@ -39,6 +39,7 @@ import audiopress
 from audiopress.benchmarks.report import draw, environment, peak_memory, row, table
 from audiopress.benchmarks.scoring import evaluate, to_device, usable, with_other_audio
 from audiopress.compression import Compressor
+from audiopress.compression.base import LLMShape
 from audiopress.data.collator import Encoder, OmniCollator, RecordDataset
 from audiopress.data.longvale import load_dialogues
 from audiopress.data.records import Record
@@ -47,7 +48,7 @@ from audiopress.data.speech import LANGUAGES, folder_records, speech_records
 from audiopress.models import CompressedOmni, storage
 from audiopress.models.encoders import hidden_audio
 from audiopress.models.loading import build_for, is_omni_small
-from audiopress.models.omni import TRAINABLE
+from audiopress.models.omni import TRAINABLE, check_video_compressor, tokens_left
 from audiopress.models.packages import FetchError
 from audiopress.models.training import CompressTrainer, RunCallback, last_checkpoint, warm_up
 
@@ -64,6 +65,7 @@ FIRST_RUN = {
     "eval_steps": 16,
     "save_strategy": "no",
 }
+ANY_SHAPE = LLMShape(4, 2, 16, 128, 1e6, (2, 3, 3))  # to check options before a model is opened
 CTC_WARMUP_STEPS = 300  # of 16 utterances, measured: at 150 the LLM hears little yet
 
 
@@ -75,12 +77,20 @@ class ModelArguments:
         default="omni-small", metadata={"help": "omni-small, omni-small:hub, or path or hub name of Qwen2.5-Omni."}
     )
     compressor: str = field(default="pooling", metadata={"help": "NAME, NAME:PRESET or NAME+NAME; see the README."})
-    keep_ratio: float | None = field(
-        default=None, metadata={"help": "Audio tokens out / in, in (0, 1]. Default: the method's or preset's own."}
+    keep_ratio: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens out / in, in (0, 1]; or several, as 0.5,0.25,0.125: every training step draws one, and the "
+            "variant serves all of them. Default: the method's or preset's own."
+        },
     )
     compressor_options: list[str] = field(
         default_factory=list, metadata={"help": "Options of the method, as KEY=VALUE.", "nargs": "*"}
     )
+    video_compressor: str | None = field(
+        default=None, metadata={"help": "A training-free method for the video tokens: uniform-stride, random, ..."}
+    )
+    video_keep_ratio: float | None = field(default=None, metadata={"help": "Its tokens out / in."})
     train: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={
@@ -225,11 +235,12 @@ def read_config(path: Path, valid: dict[str, Action]) -> dict[str, Any]:
     return values
 
 
-def method_options(args: ModelArguments) -> dict[str, Any]:
-    """Gives the compressor's options that were asked for, and checks them by building it without memory.
+def method_options(args: ModelArguments) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """Gives the compressor's options that were asked for, and its ratios; checks both by building without memory.
 
     Raises:
-        ValueError: an unknown method, preset or option, or a value that is not allowed.
+        ValueError: an unknown method, preset or option, a value that is not allowed, several ratios for a method that
+            has weights of its own for each, or a video method that cannot be.
     """
     options: dict[str, Any] = {}
     for text in args.compressor_options:
@@ -237,11 +248,27 @@ def method_options(args: ModelArguments) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--compressor-options takes KEY=VALUE, got {text!r}")
         options[key] = yaml.safe_load(value)
-    if args.keep_ratio is not None:
-        options["keep_ratio"] = args.keep_ratio
+    try:
+        ratios = tuple(float(x) for x in str(args.keep_ratio).split(",")) if args.keep_ratio is not None else ()
+    except ValueError:
+        raise ValueError(f"--keep-ratio takes a number, or several as 0.5,0.25, got {args.keep_ratio!r}") from None
+    if ratios:
+        options["keep_ratio"] = ratios[0]
     with torch.device("meta"):
-        audiopress.build(args.compressor, hidden_size=64, encoder_size=64, **options)
-    return options
+        made = audiopress.build(args.compressor, hidden_size=64, encoder_size=64, llm=ANY_SHAPE, **options)
+        for ratio in ratios[1:]:
+            made.at(ratio)
+        if args.video_compressor is not None:
+            video = audiopress.build(args.video_compressor, hidden_size=64, **video_options(args))
+            check_video_compressor(video, made, 64)
+    if args.video_compressor is None and args.video_keep_ratio is not None:
+        raise ValueError("--video-keep-ratio needs a --video-compressor")
+    return options, ratios
+
+
+def video_options(args: ModelArguments) -> dict[str, Any]:
+    """Gives the options of the video compressor."""
+    return {} if args.video_keep_ratio is None else {"keep_ratio": args.video_keep_ratio}
 
 
 def load_records(args: DataArguments, skips: SkipLog) -> tuple[list[Record], list[Record], list[Record]]:
@@ -302,11 +329,13 @@ def what_to_train(model: CompressedOmni, asked: list[str]) -> set[str]:
 def cache_audio(model: CompressedOmni, dataset: RecordDataset) -> list[dict[str, Any]]:
     """Gives all samples encoded, with the audio tower's states beside the features."""
     samples = []
+    in_tower, after = model.compressor.split()
+    needs = frozenset() if after is None else after.needs
     for sample in tqdm(dataset, desc="audio tower, once per clip"):
         if "input_features" in sample:
             features = sample["input_features"][None].to(model.device)
             mask = torch.ones(features.shape[::2], dtype=torch.long, device=model.device)
-            sample["audio_hidden"] = hidden_audio(model.thinker, features, mask)[0].cpu()
+            sample["audio_hidden"] = hidden_audio(model.thinker, features, mask, needs, in_tower)[0].cpu()
         samples.append(sample)
     return samples
 
@@ -319,14 +348,15 @@ def resolved(
     usual = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.name not in ours}
     own = {k: v for k, v in args.to_dict().items() if v != usual.get(k, dataclasses.MISSING)}
     options = dataclasses.asdict(model_args) | {"method": compressor.describe()}
+    ratios = yaml.safe_load(f"[{model_args.keep_ratio or ''}]")
+    options["keep_ratio"] = ratios[0] if len(ratios) == 1 else ratios or None
     return options | dataclasses.asdict(data_args) | own
 
 
-def show_layout(model: CompressedOmni, compressor: Compressor, encoder: Encoder, record: Record) -> str:
+def show_layout(model: CompressedOmni, encoder: Encoder, record: Record) -> str:
     """Gives the token tree of one record, before and after."""
     inputs = to_device(OmniCollator(0)([encoder(record)]), model.device)
     del inputs["labels"]
-    model.compressor = compressor
     with torch.no_grad():
         after, _ = model.eval().encode(**inputs)
     return model.layout(**inputs).describe(after=after.layout)
@@ -346,7 +376,7 @@ def main(argv: list[str]) -> None:
     """Runs the whole job."""
     started = time.perf_counter()
     model_args, data_args, args = parse(argv)
-    options = method_options(model_args)
+    options, ratios = method_options(model_args)
     if unknown := set(model_args.train) - {"auto", *TRAINABLE}:
         raise ValueError(f"--train takes auto, {', '.join(TRAINABLE)}, got {', '.join(sorted(unknown))}")
     if Path(model_args.model, storage.MANIFEST).is_file():
@@ -366,20 +396,26 @@ def main(argv: list[str]) -> None:
     model, processor = audiopress.load(model_args.model, device=args.device)
     transformers.set_seed(args.seed)  # here, as assembling omni-small on first use draws random numbers too
     compressor = build_for(model.thinker, model_args.compressor, **options).to(model.device)
+    video_compressor = None
+    if model_args.video_compressor is not None:
+        video_compressor = build_for(model.thinker, model_args.video_compressor, **video_options(model_args))
     with torch.device("meta"):  # worker processes take the encoder along: it must hold no weights
-        budget = build_for(model.thinker, model_args.compressor, **options).budget
+        largest = build_for(model.thinker, model_args.compressor, **options)
+        if ratios:
+            largest = largest if len(ratios) == 1 else largest.at(max(ratios))
     encoder = Encoder(
         processor,
         num_frames=data_args.num_frames,
         max_length=data_args.max_length,
-        audio_budget=budget,
+        tokens_left=partial(tokens_left, largest, video_compressor),
         max_seconds=data_args.max_audio_seconds,
     )
     count = len({r.id for r in (*train, *validation, *test)} | set(skips.skipped))  # also those that could not be read
     validation, test = (usable(records, encoder, skips) for records in (validation, test))
     check_enough(train, test)
     if args.show_layout:
-        print(show_layout(model, compressor, encoder, max(test, key=lambda r: r.duration or 0)))
+        model.compressor, model.video_compressor = compressor, video_compressor
+        print(show_layout(model, encoder, max(test, key=lambda r: r.duration or 0)))
         return
     score = partial(
         evaluate,
@@ -393,8 +429,10 @@ def main(argv: list[str]) -> None:
     first = args.process_index == 0
     results = {"uncompressed, as it comes": score(model, test, name="uncompressed")} if first else {}
 
-    model.compressor = compressor
+    model.compressor, model.video_compressor = compressor, video_compressor
     model.positions = model_args.positions
+    if len(ratios) > 1:
+        model.set_keep_ratios(ratios)
     names = what_to_train(model, model_args.train)
     if "adapter" in names:
         model.add_adapter(model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout)
@@ -442,6 +480,10 @@ def main(argv: list[str]) -> None:
         "trained variant": (own := score(model, test, name="trained variant")),
         "the same, shuffled audio": score(model, with_other_audio(test, encoder), name="shuffled audio"),
     }
+    for ratio in ratios[1:]:
+        model.compressor = compressor.at(ratio)
+        results[f"the same at keep_ratio {ratio:g}"] = score(model, test, name=f"at {ratio:g}")
+    model.compressor = compressor
     summary = {
         "environment": environment(model.device),
         "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,

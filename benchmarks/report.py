@@ -26,7 +26,7 @@ from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.media import read_audio
 from audiopress.data.records import Record
 from audiopress.models import CompressedOmni
-from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, audio_lengths
+from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, Kind
 
 
 def peak_memory(device: torch.device) -> int:
@@ -48,17 +48,27 @@ def row(result: Evaluation) -> dict[str, Any]:
         "words": result.wer.units,
         "keep_ratio": result.keep_ratio,
         "tokens_per_second": AUDIO_TOKENS_PER_SECOND * result.keep_ratio,
+        "tokens": {
+            "audio": [result.tokens_in, result.tokens_out],
+            "video": [result.video_in, result.video_out],
+        },
     }
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Gives the table of a run, in Markdown."""
-    lines = ["", "| | held-out loss | WER % [95 %] | audio tokens/s | kept |", "|---|---|---|---|---|"]
+    """Gives the table of a run, in Markdown; with a column of video where there is any."""
+    video = any(r["tokens"]["video"][0] for r in summary["results"].values())
+    lines = [
+        "",
+        "| | held-out loss | WER % [95 %] | audio tokens/s | kept |" + " video kept |" * video,
+        "|---|---|---|---|---|" + "---|" * video,
+    ]
     for name, r in summary["results"].items():
         low, high = (100 * x for x in r["wer_95"])
         lines.append(
             f"| {name} | {r['loss']:.3f} | {100 * r['wer']:.1f} [{low:.0f}, {high:.0f}] "
             f"| {r['tokens_per_second']:.2f} | {100 * r['keep_ratio']:.1f} % |"
+            + (f" {100 * r['tokens']['video'][1] / r['tokens']['video'][0]:.1f} % |" if video else "")
         )
     seconds = f"{summary['seconds_per_step']:.2f}" if summary["seconds_per_step"] else "no"
     lines += ["", f"{seconds} s per step, {summary['peak_memory_gb']:.2f} GB at most, {summary['minutes']:.1f} minutes"]
@@ -73,17 +83,28 @@ def draw(
         plot_training(history, folder / "training.png")
     record = max((r for r in test if r.audio), key=lambda r: min(r.duration or 0, 10.0))
     inputs = to_device(OmniCollator(0)([encoder(record)]), model.device)
-    with torch.no_grad():
-        _, audio = model.eval().encode(**inputs)
-    length = audio_lengths(inputs["feature_attention_mask"].sum(dim=1))
+    whole, kept = audio_tokens(model, inputs)
     rate = encoder.processor.feature_extractor.sampling_rate
     plot_tokens(
         read_audio(record.audio, rate, max_seconds=encoder.max_seconds),
         rate,
-        {"uncompressed": TokenStream(torch.zeros(length[0], 1), length), model.compressor.name: audio},
+        {"uncompressed": whole, model.compressor.name: kept},
         folder / "tokens.png",
         text=record.reference,
     )
+
+
+@torch.no_grad()
+def audio_tokens(model: CompressedOmni, inputs: dict[str, Any]) -> tuple[TokenStream, TokenStream]:
+    """Gives the audio tokens of a batch's one clip before and after compression, as streams without embeddings."""
+    encoded, _ = model.eval().encode(**inputs)
+    streams = []
+    for layout, sizes in ((encoded.before, None), (encoded.layout, encoded.sizes)):
+        heard = layout.kind == Kind.AUDIO.value
+        slots = layout.slot[heard].cpu()
+        own = None if sizes is None else sizes[heard].cpu()
+        streams.append(TokenStream(torch.zeros(len(slots), 1), (len(slots),), slots, own))
+    return streams[0], streams[1]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

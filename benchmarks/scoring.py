@@ -15,7 +15,6 @@ from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.records import Record
 from audiopress.data.skips import SkipLog
 from audiopress.models import CompressedOmni
-from audiopress.models.layout import audio_lengths
 from audiopress.models.rewrite import IGNORE
 
 
@@ -29,6 +28,8 @@ class Evaluation:
         answers: by record id.
         tokens_in: audio tokens before compression, 25 per second.
         tokens_out: audio tokens the LLM reads.
+        video_in: video tokens before compression.
+        video_out: video tokens the LLM reads.
     """
 
     loss: float
@@ -36,6 +37,8 @@ class Evaluation:
     answers: dict[str, str]
     tokens_in: int
     tokens_out: int
+    video_in: int = 0
+    video_out: int = 0
 
     @property
     def keep_ratio(self) -> float:
@@ -104,25 +107,25 @@ def evaluate(
     right, left = (OmniCollator(tokenizer.pad_token_id, side) for side in ("right", "left"))
     samples = sorted(((encoder(r), r) for r in records), key=lambda pair: len(pair[0]["input_ids"]))
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    loss, labelled, tokens_in, tokens_out = 0.0, 0, 0, 0
+    loss, labelled = 0.0, 0
+    tokens = {"audio": [0, 0], "video": [0, 0]}
     answers: dict[str, str] = {}
     for batch in tqdm(batches, desc=name, leave=False):
         inputs = to_device(right([sample for sample, _ in batch]), model.device)
         count = int((inputs["labels"] != IGNORE).sum())
-        loss += float(model(**inputs).loss) * count
+        out = model(**inputs)
+        loss += float(out.losses["text"]) * count
         labelled += count
+        for kind, counts in out.tokens.items():
+            tokens[kind] = [a + b for a, b in zip(tokens[kind], counts, strict=True)]
         prompts = to_device(left([encoder(record, prompt_only=True) for _, record in batch]), model.device)
-        if "feature_attention_mask" in prompts:
-            lengths = audio_lengths(prompts["feature_attention_mask"].sum(dim=1))
-            tokens_in += sum(lengths)
-            tokens_out += sum(lengths if model.compressor is None else model.compressor.budget(lengths))
         generated = model.generate(**prompts, max_new_tokens=max_new_tokens)
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
         answers.update((record.id, text.strip()) for (_, record), text in zip(batch, texts, strict=True))
     model.train(training)
     references = [record.reference for record in records]
     rate = wer(references, [answers[record.id] for record in records])
-    return Evaluation(loss / labelled, rate, answers, tokens_in, tokens_out)
+    return Evaluation(loss / labelled, rate, answers, *tokens["audio"], *tokens["video"])
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +38,7 @@ class Encoder:
         max_tokens: most video tokens of a pair of frames; a larger picture is reduced, in its own proportions.
         max_length: most tokens of a sequence as the LLM reads it; None for no limit. In training, whole rounds of
             question and answer are dropped from the end until it is kept.
-        audio_budget: gives the audio tokens left of each clip, for `max_length`; a compressor's `budget`.
+        tokens_left: gives how many of so many audio and video tokens the LLM reads, for `max_length`.
         max_seconds: cuts longer audio. By default audio beyond the feature extractor's limit is an error.
     """
 
@@ -46,7 +47,7 @@ class Encoder:
     min_tokens: int = 64
     max_tokens: int = 128
     max_length: int | None = None
-    audio_budget: Callable[[Sequence[int]], Sequence[int]] = tuple
+    tokens_left: Callable[[int, int], int] = operator.add
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -80,7 +81,8 @@ class Encoder:
         if record.video is not None:
             self._encode_video(record.video, sample)
         media = self._media_ids(audio_tokens, sample)
-        dropped = audio_tokens - self.audio_budget([audio_tokens])[0] if audio_tokens else 0
+        video_tokens = self._video_tokens(sample)
+        dropped = audio_tokens + video_tokens - self.tokens_left(audio_tokens, video_tokens)
         messages = list(record.messages)
         while True:
             ids, labels = self._tokenize(record, messages, media, prompt_only)
@@ -131,6 +133,11 @@ class Encoder:
         sample["video_second_per_grid"] = torch.tensor([video.duration / len(seconds)])
         sample["video_seconds"] = seconds
 
+    def _video_tokens(self, sample: dict[str, Any]) -> int:
+        if "video_grid_thw" not in sample:
+            return 0
+        return int(sample["video_grid_thw"].prod()) // self.processor.video_processor.merge_size**2
+
     def _media_ids(self, audio_tokens: int, sample: dict[str, Any]) -> dict[int, list[int]]:
         """Gives what each media placeholder of the chat template becomes."""
         tokenizer = self.processor.tokenizer
@@ -138,8 +145,8 @@ class Encoder:
         if "video_grid_thw" not in sample:
             return {audio: [audio] * audio_tokens}
         video = tokenizer.convert_tokens_to_ids(self.processor.video_token)
-        groups, height, width = sample["video_grid_thw"][0].tolist()
-        per_group = height * width // self.processor.video_processor.merge_size**2
+        groups = int(sample["video_grid_thw"][0, 0])
+        per_group = self._video_tokens(sample) // groups
         if not audio_tokens:
             return {video: [video] * (groups * per_group)}
         bos, eos = tokenizer.convert_tokens_to_ids([self.processor.audio_bos_token, self.processor.audio_eos_token])

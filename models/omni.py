@@ -80,8 +80,10 @@ class CompressedOmni(nn.Module):
         hidden_size = thinker.get_input_embeddings().embedding_dim
         if compressor is not None and compressor.hidden_size != hidden_size:
             raise ValueError(f"the compressor was built for width {compressor.hidden_size}, the LLM has {hidden_size}")
+        if compressor is not None and (in_tower := compressor.split()[0]) is not None:
+            in_tower.encoder_layers(len(parts.audio_tower(thinker).layers))  # type: ignore[operator]  # checks them
         if video_compressor is not None:
-            _check_video_compressor(video_compressor, compressor, hidden_size)
+            check_video_compressor(video_compressor, compressor, hidden_size)
         check_choice("positions", positions, POSITIONS)
         self.thinker = thinker.requires_grad_(False)
         self.compressor = compressor
@@ -448,6 +450,14 @@ class CompressedOmni(nn.Module):
         return load(os.fspath(directory), **kwargs)[0]
 
 
+def tokens_left(compressor: Compressor | None, video_compressor: Compressor | None, audio: int, video: int) -> int:
+    """Gives how many tokens the LLM reads of one clip's audio and one video (the most, of adaptive methods)."""
+    if compressor is not None and compressor.stage == "joint":
+        return compressor.budget([audio + video])[0]
+    counts = ((compressor, audio), (video_compressor, video))
+    return sum(n if method is None else method.budget([n])[0] for method, n in counts)
+
+
 def _run(compressor: Compressor, stream: TokenStream, context: Context) -> TokenStream:
     """Compresses in the precision of the compressor's own weights: trained ones stay float32 beside a bfloat16 base."""
     dtype = next((p.dtype for p in compressor.parameters()), stream.embeds.dtype)
@@ -463,7 +473,8 @@ def _run(compressor: Compressor, stream: TokenStream, context: Context) -> Token
     return compressor(cast(stream), context)
 
 
-def _check_video_compressor(method: Compressor, other: Compressor | None, hidden_size: int) -> None:
+def check_video_compressor(method: Compressor, other: Compressor | None, hidden_size: int) -> None:
+    """Raises ValueError unless `method` can stand for the video tokens beside the compressor `other`."""
     if method.stage != "connector" or method.needs or method.trained:
         raise ValueError(f"video tokens take a training-free method that reads them alone, got {method.name}")
     if method.hidden_size != hidden_size:

@@ -2,6 +2,7 @@
 
 import wave
 from fractions import Fraction
+from functools import partial
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from audiopress.data.collator import Encoder, OmniCollator, RecordDataset, inter
 from audiopress.data.media import MediaError, read_audio
 from audiopress.data.records import Record, assistant, user
 from audiopress.models.layout import Kind
+from audiopress.models.omni import tokens_left
 from audiopress.models.omni_small import build_omni_small, omni_small_folder
 from audiopress.models.packages import FetchError
 
@@ -184,10 +186,10 @@ def test_a_prompt_is_never_shortened(tiny, wav):
 def test_max_length_counts_what_a_compressor_leaves(tiny, wav):
     record = dialogue("Q1?", "one", "Q2?", "two", audio=wav)
     n = len(Encoder(tiny)(record)["input_ids"])
-    budget = build("pooling", hidden_size=32, keep_ratio=0.2).budget  # 5 of 25
-    sample = Encoder(tiny, max_length=n - 20, audio_budget=budget)(record)
+    budget = partial(tokens_left, build("pooling", hidden_size=32, keep_ratio=0.2), None)  # 5 of 25
+    sample = Encoder(tiny, max_length=n - 20, tokens_left=budget)(record)
     assert len(sample["input_ids"]) == n
-    sample = Encoder(tiny, max_length=n - 21, audio_budget=budget)(record)
+    sample = Encoder(tiny, max_length=n - 21, tokens_left=budget)(record)
     assert len(runs(sample["labels"])) == 1
 
 

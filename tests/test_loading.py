@@ -134,7 +134,7 @@ def test_a_saved_variant_at_another_keep_ratio(checkpoint, saved):
     expected = audiopress.load(str(checkpoint), "pooling", keep_ratio=0.25, device="cpu")[0]
     batch = batch_of(processor)
     assert torch.equal(model(**batch).logits, expected(**batch).logits)
-    with pytest.raises(ValueError, match="keep_ratio .* must be in"):
+    with pytest.raises(ValueError, match=r"keep_ratio .* must be in"):
         audiopress.load(str(saved), device="cpu", keep_ratio=2)
 
 
