@@ -5,14 +5,20 @@ A method is one file here, with one line below that imports it.
 
 from . import affinity as affinity
 from . import atome as atome
+from . import attention_topk as attention_topk
+from . import cdpruner as cdpruner
 from . import controls as controls
 from . import conv as conv
+from . import dart as dart
+from . import divprune as divprune
+from . import echoing as echoing
 from . import fastadasp as fastadasp
 from . import fastlongspeech as fastlongspeech
 from . import omnisift as omnisift
 from . import omnizip as omnizip
 from . import pooling as pooling
 from . import qformer as qformer
+from . import sa_map as sa_map
 from . import speechprune as speechprune
 from . import stacking as stacking
 from . import ward as ward

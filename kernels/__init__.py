@@ -1,6 +1,7 @@
 """Packed operations on token streams: a readable torch reference per operation."""
 
 from .attention import attention_received, block_attention
+from .greedy import farthest_first, greedy_map
 from .merge import merge_chains, merge_pairs, nest_runs, run_lengths
 from .packed import clip_ids, offsets, positions, unfold
 from .segment import segment_centres, segment_mean, segment_reduce, segment_softmax
@@ -13,6 +14,8 @@ __all__ = [
     "block_attention",
     "clip_ids",
     "evenly",
+    "farthest_first",
+    "greedy_map",
     "merge_chains",
     "merge_pairs",
     "nest_runs",

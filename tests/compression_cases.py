@@ -52,7 +52,7 @@ OSUM = {"ffn_size": 16}
 SIFT = {"width": 8, "heads": 2}
 QFORMER = {"width": 12, "heads": 2, "ffn_size": 16}
 SHORT_STEPS = {"step": 5, "windows": ((10, 2), (20, 4))}  # at 50 per second: 0.1 s
-ASKED, FIRST_LAYER = frozenset({"question"}), frozenset({"first_layer"})
+ASKED, FIRST_LAYER, PROMPT = (frozenset({need}) for need in ("question", "first_layer", "prompt"))
 
 ALL_CASES = [
     Case("none"),
@@ -87,6 +87,11 @@ ALL_CASES = [
     Case("conv:osum", {"keep_ratio": 0.25, **OSUM}, HIDDEN),
     Case("conv:lucy"),
     Case("conv:lucy", {"source": "hidden", "keep_ratio": 0.4}, HIDDEN),
+    Case("echoing", {"keep_ratio": 0.6, "layers": 1}, PROMPT, covers=False, compares=True),
+    Case("echoing", {"layers": 2, "gumbel": True, "temperature": 0.5}, PROMPT, covers=False, compares=True),
+    Case("echoing:per-window", {"window_seconds": 0.4, "layers": 1}, PROMPT, covers=False, compares=True),
+    Case("echoing:per-window", {"layers": 1, "audio_weight": 3}, PROMPT, covers=False, compares=True),
+    Case("echoing:sync-rope", {}, PROMPT, covers=False, compares=True),
     Case("speechprune", {"keep_ratio": 0.6}, ASKED | FIRST_LAYER, covers=False, compares=True),
     Case("speechprune", {"keep_ratio": 0.1, "phase1_share": 0.3}, ASKED | FIRST_LAYER, covers=False, compares=True),
     Case("speechprune:spiral", {}, ASKED | FIRST_LAYER, covers=False, compares=True),
@@ -135,6 +140,24 @@ ALL_CASES = [
     Case("omnisift", {"keep_ratio": 0.7, **SIFT}, covers=False, compares=True),
     Case("omnisift:24", SIFT, covers=False, compares=True),
     Case("omnisift:36", SIFT, covers=False, compares=True),
+    Case("attention-topk", {"keep_ratio": 0.6}, ATTENTION, covers=False),
+    Case("attention-topk", {"keep_ratio": 0.1, "segments": 3, "contextual": 0.5}, ATTENTION | KEYS, compares=True),
+    Case("attention-topk:last-layer", {}, ATTENTION, covers=False),
+    Case("attention-topk:segmentwise", {}, ATTENTION, covers=False),
+    Case("attention-topk:visionzip-om", {}, ATTENTION | KEYS, compares=True),
+    Case("attention-topk", {"contextual": 0.3, "key_heads": 2}, ATTENTION | KEYS, compares=True),
+    Case("divprune", {"keep_ratio": 0.6}, covers=False, compares=True),
+    Case("divprune", {"keep_ratio": 0.1}, covers=False, compares=True),
+    Case("cdpruner", {"keep_ratio": 0.6}, ASKED, covers=False, compares=True),
+    Case("cdpruner", {"keep_ratio": 0.1}, ASKED, covers=False, compares=True),
+    Case("cdpruner:unconditional", covers=False, compares=True),
+    Case("cdpruner:attention", {}, ATTENTION, covers=False, compares=True),
+    Case("dart", {"keep_ratio": 0.6}, covers=False, compares=True),
+    Case("dart", {"keep_ratio": 0.1, "pivots": 1}, covers=False, compares=True),
+    Case("dart:text", {}, ASKED, covers=False, compares=True),
+    Case("sa-map", {"keep_ratio": 0.6}, ATTENTION, covers=False, compares=True),
+    Case("sa-map", {"keep_ratio": 0.1, "threshold": -0.1, "max_group": 4}, ATTENTION, covers=False, compares=True),
+    Case("sa-map", {"keep_ratio": 0.9, "threshold": -1.0}, ATTENTION, covers=False, compares=True),
     Case("pooling+stacking", {"pooling": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}),
     Case("conv:osum+uniform-stride", {"conv": OSUM, "uniform-stride": {"keep_ratio": 0.3}}, HIDDEN, covers=False),
     Case("ward", {"keep_ratio": 0.5}, compares=True),

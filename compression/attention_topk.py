@@ -1,0 +1,159 @@
+"""Attention top-K: the tokens that receive the most attention in the audio tower's last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..kernels import evenly, segment_mean, segment_reduce, top_k
+from .base import Compressor, CompressorConfig, Context, check_count
+from .reading import read_attention, read_keys
+from .registry import register
+from .stream import TokenStream
+
+_TIE = 1e-6  # cosines that float32 does not tell apart
+_ENTRIES = 2**24  # of a block of the cosine matrix, 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class AttentionTopKConfig(CompressorConfig):
+    """Options of `AttentionTopK`.
+
+    Args:
+        keep_ratio: tokens out / tokens in, in (0, 1].
+        segments: a clip is cut into so many equal stretches of time, and each keeps its own best; 1 compares all tokens
+            of a clip.
+        contextual: the share of the budget, in [0, 1], that is not chosen by attention: evenly spaced tokens of the
+            rest, into which all others are merged. Above 0, at least one token of a clip is.
+        key_heads: for `contextual`: the mean of the keys is taken over so many heads (20 in Qwen2.5-Omni's tower);
+            1 compares all heads side by side.
+    """
+
+    keep_ratio: float = 0.5
+    segments: int = 1
+    contextual: float = 0.0
+    key_heads: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("segments", self.segments)
+        check_count("key_heads", self.key_heads)
+        if isinstance(self.contextual, bool) or not 0 <= self.contextual <= 1:
+            raise ValueError(f"contextual is a share of the budget and must be in [0, 1], got {self.contextual!r}")
+        if self.key_heads > 1 and self.contextual == 0:
+            raise ValueError(f"key_heads needs contextual > 0, got {self.key_heads} with contextual=0")
+
+
+@register("attention-topk")
+class AttentionTopK(Compressor):
+    """Keeps the tokens that receive the most attention in the tower's last layer.
+
+    A token's score is its column of the attention map: the mean over heads and over the queries of its block, *times
+    the block's length*. The mean alone averages 1/n in a block of n tokens, so that the short block at a clip's end
+    would win; the product averages 1 in every block.
+
+    Papers, each a preset:
+        - `last-layer`: the best of the whole clip, as the first step of VisionZip and of OmniZip, arXiv 2511.14582.
+        - `segmentwise`: the best of each of ten segments. "Segmentwise Pruning in Audio-Language Models", arXiv
+          2511.14293.
+        - `visionzip-om`: the best of the whole clip, and contextual tokens: every token left over is merged into that
+          one of a few evenly spaced ones whose key is most like its own. "VisionZip: Longer is Better but Not Necessary
+          in Vision Language Models", arXiv 2412.04467; the share of contextual tokens is that of 2511.14293's baseline.
+
+    Differs from the papers:
+        - Blocks of 2 s compare as said above; the papers' encoders attend to the whole input.
+        - The scores are means over heads; which reduction segmentwise pruning takes is not published.
+        - Segmentwise pruning loses the remainder of the budget by ten: here it goes to the earliest segments. The
+          remainder of the clip does, too, so that no segment has fewer tokens than it is to keep.
+        - A contextual token is the mean of all its tokens, and keeps its own slot; VisionZip's code adds the mean of
+          the others to it, and puts contextual tokens behind the dominant ones.
+    """
+
+    config_class: ClassVar[type[CompressorConfig]] = AttentionTopKConfig
+    config: AttentionTopKConfig
+    presets: ClassVar = {
+        "last-layer": {},
+        "segmentwise": {"keep_ratio": 0.25, "segments": 10},
+        "visionzip-om": {"contextual": 0.18},
+    }
+    paper = "2511.14293, 2412.04467, 2511.14582"
+    summary = "tokens that the tower attends to most"
+    differs = "attention inside blocks of 2 s"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The attention, and the keys where tokens merge."""
+        return frozenset({"encoder_attention"} | ({"encoder_keys"} if self.config.contextual else set()))
+
+    def compress(self, stream: TokenStream, context: Context) -> TokenStream:
+        """Selects, and merges the rest if there are contextual tokens."""
+        budget = self.budget(stream.lengths)
+        share = self.config.contextual
+        contextual = [min(m, max(1, round(share * m))) if share else 0 for m in budget]
+        dominant = [m - k for m, k in zip(budget, contextual, strict=True)]
+        kept = self.best(read_attention(stream, context, self.name), stream.lengths, dominant)
+        if share == 0:
+            return stream.select(kept, budget)
+        keys = read_keys(stream, context, self.name, self.config.key_heads)
+        left = torch.ones_like(stream.slots, dtype=torch.bool)
+        left[kept] = False
+        rest = left.nonzero()[:, 0]
+        counts = [n - k for n, k in zip(stream.lengths, dominant, strict=True)]
+        targets = rest[evenly(counts, contextual).to(rest.device)]
+        owners = torch.arange(len(left), device=left.device)  # into which token each goes
+        owners[rest] = _most_alike(keys, rest.split(counts), targets.split(contextual))
+        owners[targets] = targets
+        return _merge(stream, owners, torch.cat([kept, targets]).sort().values, budget)
+
+    def best(self, scores: Tensor, lengths: Sequence[int], budget: Sequence[int]) -> Tensor:
+        """Gives the best of every segment, `[M]` int64 ascending: segments are to `top_k` what clips are."""
+        segments, quotas = (chain.from_iterable(_parts(n, self.config.segments) for n in x) for x in (lengths, budget))
+        return top_k(scores, list(segments), list(quotas))
+
+
+def _parts(total: int, parts: int) -> list[int]:
+    """Cuts a whole number into parts that differ by 1 at most, the larger ones first."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+@torch.no_grad()
+def _most_alike(keys: Tensor, tokens: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Gives for each token the target of its clip whose key has the highest cosine with its own, the earliest of equal.
+
+    Args:
+        keys: `[N, E]`.
+        tokens: indices per clip, `[R]` in all.
+        targets: indices per clip.
+
+    Returns:
+        `[R]` int64.
+    """
+    unit = functional.normalize(keys, dim=1)
+    chosen = [torch.cat(list(tokens))[:0] if tokens else unit.new_empty(0, dtype=torch.long)]
+    with torch.autocast(keys.device.type, enabled=False):
+        for mine, theirs in zip(tokens, targets, strict=True):
+            for some in mine.split(max(1, _ENTRIES // max(1, len(theirs)))) if len(mine) else ():
+                cosine = unit[some] @ unit[theirs].T
+                chosen.append(theirs[(cosine >= cosine.amax(1, keepdim=True) - _TIE).byte().argmax(1)])
+    return torch.cat(chosen)
+
+
+def _merge(stream: TokenStream, owners: Tensor, kept: Tensor, budget: Sequence[int]) -> TokenStream:
+    """Averages all tokens with the same owner; the owners `kept` keep their slots.
+
+    The centre of tokens that lie scattered over the clip could be the slot of another one.
+    """
+    order = owners.argsort(stable=True)
+    counts = owners.bincount(minlength=len(owners))[kept]
+    return stream.replace(
+        embeds=segment_mean(stream.embeds[order], stream.sizes[order], counts),
+        lengths=tuple(budget),
+        slots=stream.slots[kept],
+        sizes=segment_reduce(stream.sizes[order], "sum", counts),
+    )
