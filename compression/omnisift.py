@@ -155,8 +155,8 @@ def select_video(stream: TokenStream, scene: Scene, frames: Frames, budget: Sequ
 def find_spans(stream: TokenStream, scene: Scene, frames: Frames) -> Groups:
     """Groups all tokens, in time order, by the chunk of video that they are part of or sound with.
 
-    A chunk lasts until its video's next one starts; the last as long as the one before, or 2 s if it is the only one.
-    What sounds outside all chunks is grouped by spans of 2 s.
+    A chunk lasts until the next one begins; the last of a video as long as the one before, or 2 s if it is the only
+    one, unless another video begins earlier. What sounds outside all chunks is grouped by spans of 2 s.
     """
     clips, time = stream.clips, elapsed(stream, scene)
     chunks = Groups.of(frames.runs, frames.ranks // 2)
