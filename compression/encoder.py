@@ -14,6 +14,7 @@ from .frames import even_windows
 from .stream import TokenStream
 
 STATE_SIZE = 0.5  # the tower joins its states in pairs: each is half a token
+SUBSLOTS = 64  # slots per state inside the tower, so that floors of centres, layer after layer, do not add up
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class EncoderMethod(Compressor):
         """Shortens every block.
 
         Args:
-            states: one clip per *block*; `slots` count states (50 per second) from the start of the audio clip, and
-                sizes are in tokens: half of one per state.
+            states: one clip per *block*; `slots` count from the start of the audio clip, `SUBSLOTS` per state (50
+                states per second), and sizes are in tokens: half of one per state.
             targets: how many states each block is to have (the fewest, for an `adaptive` method).
             layer: what is read at this layer.
         """
@@ -121,7 +122,7 @@ def pool_states(states: TokenStream, budget: Sequence[int]) -> TokenStream:
     """Joins the states of each clip to `budget` tokens, by size-weighted means of even windows: two states each.
 
     Args:
-        states: one clip per audio clip, at least two states per token; slots count states, sizes are in tokens.
+        states: one clip per audio clip, at least two states per token; slots and sizes as in `EncoderMethod.reduce`.
         budget: tokens per clip.
 
     Returns:
@@ -130,4 +131,4 @@ def pool_states(states: TokenStream, budget: Sequence[int]) -> TokenStream:
     counts = even_windows(states, budget)
     slots, sizes = segment_centres(states.slots, states.sizes, counts)
     embeds = segment_mean(states.embeds, states.sizes, counts)
-    return TokenStream(embeds, tuple(budget), slots // 2, sizes)
+    return TokenStream(embeds, tuple(budget), slots // (2 * SUBSLOTS), sizes)

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compression import TokenStream
-from ..compression.encoder import STATE_SIZE, EncoderMethod, LayerState, block_targets, layer_targets, pool_states
+from ..compression.encoder import (
+    STATE_SIZE,
+    SUBSLOTS,
+    EncoderMethod,
+    LayerState,
+    block_targets,
+    layer_targets,
+    pool_states,
+)
 from ..kernels import attention_received, block_attention
 from ..kernels.packed import positions
 
@@ -26,7 +34,7 @@ class States:
     """States on their way through the tower.
 
     Args:
-        blocks: one clip per attention block; slots count states from the start of the audio clip, a size is in tokens.
+        blocks: one clip per attention block; slots and sizes as in `EncoderMethod.reduce`.
         owners: the audio clip of each block.
         tokens: tokens (25 per second) each audio clip gives uncompressed.
     """
@@ -66,7 +74,7 @@ def pack(embeds: Tensor, frames: Sequence[int], tokens: Sequence[int], block: in
         parts = [min(block, n - start) for start in range(0, n, block)]
         lengths += parts
         owners += [clip] * len(parts)
-    slots = positions(frames, embeds.device)
+    slots = positions(frames, embeds.device) * SUBSLOTS
     sizes = torch.full((len(embeds),), STATE_SIZE, device=embeds.device)
     return States(TokenStream(embeds, tuple(lengths), slots, sizes), tuple(owners), tuple(tokens))
 
@@ -177,15 +185,11 @@ def finish(states: States, method: EncoderMethod | None) -> TokenStream:
 def _drop_odd(states: States, layer: LayerState) -> tuple[States, LayerState]:
     """Leaves out the odd last state of a clip, which the tower itself leaves out at its end."""
     blocks = states.blocks
-    limit = (
-        2
-        * torch.tensor(states.tokens, device=blocks.slots.device)[
-            torch.tensor(states.owners, device=blocks.slots.device)
-        ]
-    )
+    owners = torch.tensor(states.owners, device=blocks.slots.device)
+    limit = 2 * SUBSLOTS * torch.tensor(states.tokens, device=blocks.slots.device)[owners]
     kept = blocks.slots < limit[blocks.clips]
     lengths = torch.bincount(blocks.clips[kept], minlength=len(blocks.lengths)).tolist()
-    owners = tuple(owner for owner, n in zip(states.owners, lengths, strict=True) if n)
+    left = tuple(owner for owner, n in zip(states.owners, lengths, strict=True) if n)
     attention = None if layer.attention is None else layer.attention[kept]
     short = blocks.select(kept.nonzero().squeeze(1), [n for n in lengths if n])
-    return replace(states, blocks=short, owners=owners), replace(layer, keys=layer.keys[kept], attention=attention)
+    return replace(states, blocks=short, owners=left), replace(layer, keys=layer.keys[kept], attention=attention)

@@ -6,7 +6,14 @@ from tiny import MEL, make_thinker
 
 from audiopress import TokenStream
 from audiopress.compression.base import CompressorConfig, Sizes
-from audiopress.compression.encoder import EncoderMethod, block_targets, layer_targets, pool_states, resolve_layers
+from audiopress.compression.encoder import (
+    SUBSLOTS,
+    EncoderMethod,
+    block_targets,
+    layer_targets,
+    pool_states,
+    resolve_layers,
+)
 from audiopress.kernels import attention_received, offsets, top_k
 from audiopress.models import parts
 from audiopress.models.encoders import encode_audio, hidden_audio
@@ -172,9 +179,8 @@ def test_targets():
 
 
 def test_pooling_weighs_by_size():
-    states = TokenStream(
-        torch.tensor([[0.0], [4.0], [1.0], [1.0]]), (4,), torch.tensor([1, 3, 4, 5]), torch.tensor([1.5, 0.5, 0.5, 0.5])
-    )
+    slots, sizes = SUBSLOTS * torch.tensor([1, 3, 4, 5]), torch.tensor([1.5, 0.5, 0.5, 0.5])
+    states = TokenStream(torch.tensor([[0.0], [4.0], [1.0], [1.0]]), (4,), slots, sizes)
     out = pool_states(states, (2,))
     assert out.embeds.flatten().tolist() == [1.0, 1.0]
     assert out.sizes.tolist() == [2.0, 1.0]
