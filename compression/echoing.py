@@ -146,7 +146,8 @@ class Echoing(Compressor):
         hidden, prompt = self.contextualise(stream, scene, self.read_prompt(stream, context))
         pools, budget = self.pools(stream, scene)
         # not a matrix product, which autocast would take in bf16
-        logits = (self.scorer(hidden).float() * self.score.weight.float()).sum(dim=1)[pools.order]
+        scores = (self.scorer(hidden).float() * self.score.weight.float()).sum(dim=1)
+        logits = scores[pools.order]  # pool by pool
         if self.config.gumbel and self.training:
             logits = logits - torch.empty_like(logits).exponential_().log()
         soft = segment_softmax(logits / self.config.temperature, pools.counts)
@@ -181,9 +182,11 @@ class Echoing(Compressor):
         text, read = pad_clips(prompt.stream.embeds.to(stream.embeds.dtype), prompt.stream.lengths)
         media, real = pad_clips(stream.embeds, stream.lengths)
         places = [
-            pad_clips(x.positions.T, y.lengths)[0].movedim(-1, 0) for x, y in ((prompt, prompt.stream), (scene, stream))
+            pad_clips(prompt.positions.T, prompt.stream.lengths)[0],
+            pad_clips(scene.positions.T, stream.lengths)[0],
         ]
-        hidden = self.cs2(torch.cat([text, media], 1), torch.cat(places, 2), torch.cat([read, real], 1))
+        positions = torch.cat(places, dim=1).movedim(-1, 0)  # [3, B, L]
+        hidden = self.cs2(torch.cat([text, media], dim=1), positions, torch.cat([read, real], dim=1))
         text, media = hidden.split([read.shape[1], real.shape[1]], dim=1)
         text = torch.where(real.any(dim=1)[prompt.stream.clips, None], text[read], prompt.stream.embeds)
         return media[real], text.to(prompt.stream.embeds.dtype)

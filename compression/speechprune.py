@@ -15,6 +15,7 @@ from ..kernels import positions, segment_mean, segment_reduce, top_k
 from .base import TOKENS_PER_SECOND, Compressor, CompressorConfig, Context, Sizes, check_finite
 from .budget import token_budget
 from .registry import register
+from .scenes import check_share
 from .stream import TokenStream
 
 # The paper's main table: of clips of 87.89 s on average phase 1 keeps 750 tokens, and phase 2 four fifths of those.
@@ -39,9 +40,7 @@ class SpeechPruneConfig(CompressorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share = self.phase1_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ValueError(f"phase1_share is phase 1's share of the pruning and must be in [0, 1], got {share!r}")
+        check_share("phase1_share", self.phase1_share)
 
 
 @register("speechprune")
@@ -63,6 +62,7 @@ class SpeechPrune(Compressor):
         - Both rates follow from the clip's length. The paper keeps 750 tokens in phase 1 whatever the length; the
           preset `spiral` does so for its mean clip.
         - It prints the mean of A over the keys, which is the same for every token; ours is over the queries.
+        - Of a second whose tokens were merged before, each token counts once.
         - Open there, and read literally here: phase 2 has no LayerNorm, bias, rotary embedding or causal mask; sign(0)
           is 0; a short last second has the smaller sum.
     """
