@@ -174,7 +174,7 @@ class Compressor(nn.Module):
 
     Where it acts is its `stage`: a "connector" gets the audio tokens between tower and LLM, "joint" all audio and
     video tokens of a sample as one stream (see `Scene`), and "encoder" acts inside the audio tower (see
-    `EncoderCompressor`).
+    `encoder.EncoderMethod`).
 
     `trained` says of the class whether its default config must be trained to be of use, and of a compressor whether
     it must itself.
@@ -205,11 +205,6 @@ class Compressor(nn.Module):
     def needs(self) -> frozenset[str]:
         """The fields of `Context` this method reads with its present config."""
         return frozenset()
-
-    @property
-    def reads_optionally(self) -> frozenset[str]:
-        """The fields of `Context` that are captured where there are any, and may be None."""
-        return frozenset({"scene"} if self.stage == "joint" else ())
 
     @property
     def adaptive(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .base import Compressor, LLMShape, Sizes, Stage, parameter_count
+from .base import TOKENS_PER_SECOND, Compressor, LLMShape, Sizes, Stage, parameter_count
 from .chain import Chain
 
 C = TypeVar("C", bound=Compressor)
@@ -118,25 +118,39 @@ QWEN_7B = Sizes(3584, 1280, LLMShape(28, 4, 128, 18944, 1e6, (16, 24, 24)))
 def markdown_table() -> str:
     """Gives the README's table: one row per method and preset, at the sizes of Qwen2.5-Omni-7B."""
     rows = [
-        "| method | what it does | tokens/s | trained | stage | reads | sees the question | paper (arXiv) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | what it does | paper (arXiv) | stage | trained | sees the question | reduces video | tokens/s "
+        "| options | differs from the paper |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family, info in available().items():
         for name in (family, *(f"{family}:{preset}" for preset in info.presets)):
             with torch.device("meta"):
                 made = build(name, hidden_size=QWEN_7B.hidden_size, encoder_size=QWEN_7B.encoder_size, llm=QWEN_7B.llm)
+            first = name == family
             cells = (
                 f"`{name}`",
-                info.summary if name == family else "",
-                f"{25 * made.config.keep_ratio:.3g}",
-                f"{parameter_count(made) / 1e6:.1f} M" if made.trained else "no",
+                info.summary if first else "",
+                info.paper if first else "",
                 made.stage,
-                ", ".join(f"`{need}`" for need in sorted(made.needs)),
+                _trained_size(parameter_count(made)) if made.trained else "no",
                 "yes" if made.query_aware else "no",
-                info.paper if name == family else "",
+                "yes" if made.stage == "joint" else "no",
+                _rate(made),
+                ", ".join(f"`{option}`" for option in info.options) if first else "",
+                info.differs if first else "",
             )
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def _trained_size(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
+
+
+def _rate(method: Compressor) -> str:
+    keep_ratio = method.config.keep_ratio
+    rate = f"{100 * keep_ratio:.3g} % of both" if method.stage == "joint" else f"{TOKENS_PER_SECOND * keep_ratio:.3g}"
+    return f"<= {rate}" if method.adaptive else rate
 
 
 def _info(cls: type[Compressor]) -> MethodInfo:

@@ -60,9 +60,10 @@ def fill(
             positions=layout.positions.flatten(1)[:, index],
             sources=layout.clip.flatten()[index],
         )
-        if context.encoder_attention is not None:
-            received = context.encoder_attention.new_zeros(len(index))
-            received[~context.scene.is_video] = context.encoder_attention
+        if "encoder_attention" in needs:
+            received = torch.zeros(len(index), device=embeds.device)
+            if context.encoder_attention is not None:  # there is audio
+                received[~context.scene.is_video] = context.encoder_attention
             context.encoder_attention = received
     else:
         samples = _samples_of_clips(layout)

@@ -258,7 +258,7 @@ class CompressedOmni(nn.Module):
             embeds = scatter(embeds, layout, Kind.VIDEO, video.embeds)
         compressor = self.drawn_compressor()
         in_tower, after = (None, None) if compressor is None else compressor.split()
-        needs = frozenset() if after is None else after.needs | after.reads_optionally
+        needs = frozenset() if after is None else after.needs
         audio, context = None, Context()
         if media.get("input_features") is not None:
             audio, context = encode_audio(

@@ -172,7 +172,7 @@ def test_services_change_what_the_llm_computes(thinker):
 
 @torch.no_grad()
 def test_a_joint_method_without_audio_or_without_video(thinker):
-    spy = Spy("joint", {"prompt"})
+    spy = Spy("joint", {"prompt", "encoder_attention"})
     b = Batch()
     b.add(b.text(2), b.video(2, 4, 8), b.text(3))
     inputs, _ = CompressedOmni(thinker, spy).encode(**b.build())
