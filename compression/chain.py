@@ -85,7 +85,11 @@ class Chain(Compressor):
     @property
     def frozen(self) -> frozenset[str]:
         """Those of the members."""
-        return frozenset(f"members.{i}.{name}" for i, member in enumerate(self.members) for name in member.frozen)
+        return frozenset(
+            f"members.{i}.{name}"
+            for i, member in enumerate(self.members)
+            for name in member.frozen  # type: ignore[union-attr]
+        )
 
     @property
     def proportional_attention(self) -> bool:

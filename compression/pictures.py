@@ -1,4 +1,4 @@
-"""Which picture is on the screen while a step of the sound is heard."""
+"""The video of a clip's sample, and which picture is on the screen while a step of the sound is heard."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ import torch
 from torch import Tensor
 
 from ..kernels import clip_ids, positions, segment_mean
+from .base import Context, check_finite
 from .frames import even_windows
 from .stream import TokenStream
+
+
+def read_video(context: Context, method: str, clips: int, hidden_size: int) -> tuple[TokenStream, Tensor]:
+    """Gives the video tokens of each clip's sample and their seconds.
+
+    Raises:
+        ValueError: they were not captured, do not fit the clips or the LLM's width, or are not finite.
+    """
+    video: TokenStream = context.require("video", method)
+    seconds: Tensor = context.require("video_seconds", method)
+    shape = tuple(video.embeds.shape)
+    if len(video.lengths) != clips or shape[1] != hidden_size or seconds.shape != shape[:1]:
+        raise ValueError(
+            f"{method}: video must hold tokens of width {hidden_size} of {clips} clips, and video_seconds one second "
+            f"of each; got {list(shape)} of {len(video.lengths)} clips and {list(seconds.shape)}"
+        )
+    check_finite(video, method, "video")
+    check_finite(video.replace(embeds=seconds[:, None]), method, "video_seconds")
+    return video, seconds
 
 
 def shown_pictures(
@@ -27,7 +47,8 @@ def shown_pictures(
     Returns:
         The pictures, as a stream of G clips, and the picture of each step, `[S]` int64; -1 where none was shown yet.
     """
-    step = (seconds.double() / step_seconds).floor().long().cpu()  # [V]
+    # A thousandth, so that rounding does not put what happens as a step starts into the one before.
+    step = (seconds.double() / step_seconds + 1e-3).floor().long().cpu()  # [V]
     # One number for clip and step, that sorts by clip first.
     low = min(0, int(step.min())) if len(step) else 0
     span = max([int(step.max()) if len(step) else 0, *steps]) - low + 1

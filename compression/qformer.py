@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import clip_ids, offsets, positions, segment_reduce, unfold
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_finite
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count
 from .budget import check_keep_ratio
 from .conv import PackedConv1d
 from .frames import FRAMES_PER_TOKEN, FrameCompressor, FrameConfig
-from .pictures import shown_pictures
-from .qformer_layers import QFormerLayer
+from .pictures import read_video, shown_pictures
+from .qformer_layers import QFormerLayer, mean_cosine
 from .registry import register
 from .speech_rate import FASTEST, SpeechRate
 from .stream import TokenStream
@@ -272,6 +272,7 @@ class QFormer(FrameCompressor):
         wanted = (held.double() * queries / frames * rates).long().clamp(min=max(1, per_second))
         return wanted.minimum(held // self.frames_per_token).clamp(max=len(self.queries[level]))
 
+    @torch.no_grad()
     def predict_rate(self, states: TokenStream) -> Tensor:
         """Gives the rate of speech in each window, `[W]` float32 from 1 to 2.
 
@@ -321,8 +322,10 @@ class QFormer(FrameCompressor):
         vectors = unfold(self.embed(frames.embeds), frames.lengths, step, step, steps)
         real = unfold(torch.ones_like(frames.sizes)[:, None], frames.lengths, step, step, steps)[..., 0] > 0
         if self.embed_picture is not None:
-            pictures, shown = self.find_pictures(frames, steps, context)
-            drawn = self.embed_picture(pictures.embeds)
+            video, seconds = read_video(context, self.name, len(steps), self.hidden_size)
+            step_seconds = step / (25 * self.frames_per_token)
+            pictures, shown = shown_pictures(video, seconds, steps, step_seconds, self.config.picture_size)
+            drawn = self.embed_picture(pictures.embeds.to(frames.embeds.dtype))
             drawn = unfold(drawn, pictures.lengths, places, 1, [1] * len(pictures.lengths))  # [G, P, width]
             inked = _first(torch.tensor(pictures.lengths, dtype=torch.long), places).to(real.device)
             # The row of zeros at the end is what a step without a picture, -1, shows.
@@ -330,26 +333,6 @@ class QFormer(FrameCompressor):
             vectors = torch.cat((functional.pad(vectors, (0, 0, 0, places - step)), drawn[shown]), dim=-1)
             real = functional.pad(real, (0, places - step)) | inked[shown]
         return self.frame_norm(vectors), real, steps
-
-    def find_pictures(self, frames: TokenStream, steps: list[int], context: Context) -> tuple[TokenStream, Tensor]:
-        """Gives the pictures, and the one each step shows; see `shown_pictures`.
-
-        Raises:
-            ValueError: the video does not fit the clips or the LLM's width, or it or its times are not finite.
-        """
-        video: TokenStream = context.require("video", self.name)
-        seconds: Tensor = context.require("video_seconds", self.name)
-        clips, shape = len(frames.lengths), tuple(video.embeds.shape)
-        if len(video.lengths) != clips or shape[1] != self.hidden_size or seconds.shape != shape[:1]:
-            raise ValueError(
-                f"{self.name}: video must hold tokens of width {self.hidden_size} of {clips} clips, and video_seconds "
-                f"one second of each; got {list(shape)} of {len(video.lengths)} clips and {list(seconds.shape)}"
-            )
-        check_finite(video, self.name, "video")
-        check_finite(video.replace(embeds=seconds[:, None]), self.name, "video_seconds")
-        video = video.replace(embeds=video.embeds.to(frames.embeds.dtype))
-        step_seconds = self.config.step / (25 * self.frames_per_token)
-        return shown_pictures(video, seconds, steps, step_seconds, self.config.picture_size)
 
     def read(self, vectors: Tensor, real: Tensor, steps: list[int], level: int, used: Tensor) -> Tensor:
         """Gives the outputs of all windows of a resolution: `[W, q, width]`, of which `used` `[W, q]` count."""
@@ -362,7 +345,7 @@ class QFormer(FrameCompressor):
             frames = frames + self.position[: size * places]
         moment = torch.arange(size * places, device=frames.device) // places
         past = moment[:, None] >= moment if self.config.causal else None
-        x = self.dropout(self.query_norm(self.queries[level])).expand(len(frames), -1, -1)
+        x = self.dropout(self.query_norm(self.queries[level]).expand(len(frames), -1, -1))
         for layer in self.layers:
             x = layer(x, frames, used, real, past)
         return x
@@ -379,20 +362,6 @@ class QFormer(FrameCompressor):
         shares = (i + 1) * held // q - i * held // q
         sizes = segment_reduce(frames.sizes, "sum", shares.to(frames.sizes.device))
         return stream.slots[index.to(stream.slots.device)], sizes
-
-
-def mean_cosine(outputs: Tensor, used: Tensor) -> Tensor:
-    """Gives the mean cosine of two different used outputs of a window, over the windows that have two: a scalar.
-
-    Args:
-        outputs: `[W, q, D]`.
-        used: `[W, q]` bool.
-    """
-    unit = functional.normalize(outputs.float(), dim=-1) * used[..., None]
-    n = used.sum(dim=1)
-    # The sum over all pairs is the square of the sum; each output's cosine with itself, 1, is taken off.
-    cosine = (unit.sum(dim=1).square().sum(dim=1) - n) / (n * (n - 1)).clamp(min=1)
-    return (cosine * (n > 1)).sum() / (n > 1).sum().clamp(min=1)
 
 
 def _first(counts: Tensor, size: int) -> Tensor:

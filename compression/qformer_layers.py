@@ -86,7 +86,22 @@ class QFormerLayer(nn.Module):
             `[M, q, D]`.
         """
         if self.history is not None:
+            assert past is not None
             frames = self.history(frames, past & real[:, None])
         queries = self.among(queries, used[:, None])
         queries = self.across(queries, real[:, None], frames)
         return self.norm(queries + self.ffn(queries))
+
+
+def mean_cosine(outputs: Tensor, used: Tensor) -> Tensor:
+    """Gives the mean cosine of two different used outputs of a window, over the windows that have two: a scalar.
+
+    Args:
+        outputs: `[W, q, D]`.
+        used: `[W, q]` bool.
+    """
+    unit = functional.normalize(outputs.float(), dim=-1) * used[..., None]
+    n = used.sum(dim=1)
+    # The sum over all pairs is the square of the sum; each output's cosine with itself, 1, is taken off.
+    cosine = (unit.sum(dim=1).square().sum(dim=1) - n) / (n * (n - 1)).clamp(min=1)
+    return (cosine * (n > 1)).sum() / (n > 1).sum().clamp(min=1)
