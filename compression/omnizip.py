@@ -164,11 +164,8 @@ class OmniZip(Compressor):
         groups = Groups.of(nearest)
         counts = groups.counts.clamp(max=self.config.neighbours)
         chosen = groups.order[top_k(relation[groups.order], groups.counts.tolist(), counts.tolist())]
-        anchor, members, weights = (
-            anchor[nearest[groups.firsts]],
-            pool[chosen],
-            segment_softmax(relation[chosen], counts),
-        )
+        anchor, members = anchor[nearest[groups.firsts]], pool[chosen]
+        weights = segment_softmax(relation[chosen], counts)
         average = segment_reduce(weights[:, None] * stream.embeds[members].float(), "sum", counts)
         merged = ((stream.embeds[anchor].float() + average) / 2).to(stream.embeds.dtype)
         sizes = stream.sizes[anchor] + segment_reduce(stream.sizes[members], "sum", counts)
@@ -176,6 +173,7 @@ class OmniZip(Compressor):
             embeds=stream.embeds.index_copy(0, anchor, merged), sizes=stream.sizes.index_copy(0, anchor, sizes)
         )
 
+    @torch.no_grad()
     def select_video(self, stream: TokenStream, scene: Scene, audio: Tensor, budget: Sequence[int]) -> Tensor:
         """Gives which video tokens stay, given the `audio` tokens that do: indices into the stream, int64."""
         clips, config = stream.clips, self.config
@@ -184,16 +182,15 @@ class OmniZip(Compressor):
         windows, frames = Groups.of(clips, window), Frames.of(scene, clips, window)
         if len(frames.counts) == 0:
             return frames.tokens
-        of_frame, count = windows.ids[frames.heads], len(windows.counts)
 
-        video, sound, kept = (
-            per_group(ids, count)
-            for ids in (windows.ids[scene.is_video], windows.ids[~scene.is_video], windows.ids[audio])
-        )
-        of_window = clips[windows.firsts].cpu()
-        rates = prune_rates(config, kept / sound, video, of_window, budget)
+        def per_window(tokens: Tensor) -> Tensor:
+            return per_group(windows.ids[tokens], len(windows.counts))
+
+        video, retention = per_window(scene.is_video), per_window(audio) / per_window(~scene.is_video)
+        of_window, frame_counts = clips[windows.firsts].cpu(), per_window(frames.heads).tolist()
+        rates = prune_rates(config, retention, video, of_window, budget)
         dealt = largest_remainder(video * (1 - rates), video, per_group(of_window, len(budget)).tolist(), budget)
-        dealt = largest_remainder(frames.counts, frames.counts, per_group(of_frame, count).tolist(), dealt)
+        dealt = largest_remainder(frames.counts, frames.counts, frame_counts, dealt)
 
         scores, first = frames.change(stream.embeds, scene), frames.ranks % 2 == 0
         rows = first[frames.ids].nonzero().squeeze(1)

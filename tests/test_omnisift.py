@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -53,7 +55,7 @@ def slow_omnisift(compressor, embeds, sample):
         out += kept
     for number, chunk in enumerate(chunks):
         starts = [c["start"] for c in chunks if c["source"] == chunk["source"]]
-        steps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [50]
+        steps = [b - a for a, b in pairwise(starts)] or [50]
         chunk["stop"] = chunk["start"] + (steps + steps[-1:])[starts.index(chunk["start"])]
         chunk["number"] = number
 
