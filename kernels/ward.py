@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .packed import offsets, positions
+from .packed import positions
 from .select import top_k
 
 
@@ -56,9 +56,10 @@ def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Ten
     Returns:
         `[N]` float64; infinite at a clip's first token; greater than every height inside the two joined runs.
     """
-    means, weights = embeds.detach().float().clone(), weights.detach().double()
-    starts = torch.arange(len(embeds), device=embeds.device)  # of the runs, here and below [runs]
-    height = torch.zeros_like(weights)  # the greatest inside each run
+    means = embeds.detach().to(torch.float, copy=True)  # of a run, at its first token
+    weights = weights.detach().to(torch.double, copy=True)  # of the runs, here and below [runs]
+    starts = torch.arange(len(embeds), device=embeds.device)
+    inside = torch.zeros_like(weights)  # the greatest height inside each run
     heights = torch.full_like(weights, math.inf)
 
     def costs(left: Tensor) -> Tensor:
@@ -68,8 +69,8 @@ def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Ten
 
     last = functional.pad(positions(lengths, embeds.device)[1:] == 0, (0, min(1, len(embeds))), value=True)
     cost = torch.full_like(weights, math.inf)  # of joining each run with the next
-    inner = (~last).nonzero()[:, 0]
-    cost[inner] = costs(inner)
+    joinable = (~last).nonzero()[:, 0]
+    cost[joinable] = costs(joinable)
     while True:
         values, stretch, counts = cost.unique_consecutive(return_inverse=True, return_counts=True)
         least = (values < functional.pad(values[:-1], (1, 0), value=math.inf)) & (
@@ -84,16 +85,15 @@ def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Ten
         share = weights[right] / (weights[left] + weights[right])
         a, b = starts[left], starts[right]
         means[a] = means[a].lerp(means[b], share[:, None].float())  # equal means stay what they are, bit for bit
-        below = torch.maximum(height[left], height[right])
+        below = torch.maximum(inside[left], inside[right])
         heights[b] = torch.maximum(cost[left], below.nextafter(torch.full_like(below, math.inf)))
 
         kept, changed = torch.ones_like(cost, dtype=torch.bool), torch.zeros_like(cost, dtype=torch.bool)
         kept[right], changed[left] = False, True
-        weights, height = weights.clone(), height.clone()
         weights[left] += weights[right]
-        height[left], cost[left] = heights[b], cost[right]
-        starts, weights, height, cost, changed = (x[kept] for x in (starts, weights, height, cost, changed))
-        changed[:-1] |= changed[1:].clone()
+        inside[left], cost[left] = heights[b], cost[right]
+        starts, weights, inside, cost, changed = (x[kept] for x in (starts, weights, inside, cost, changed))
+        changed = changed | functional.pad(changed[1:], (0, 1))  # and each run before one that changed
         again = (changed & cost.isfinite()).nonzero()[:, 0]
         cost[again] = costs(again)
 
@@ -124,12 +124,11 @@ def ward_exact(
         Tokens per run, `[M]` int64 with M the sum of the budget; no run crosses from one clip into another.
     """
     caps = [max(max_segment, -(-n // max(k, 1))) for n, k in zip(lengths, budget, strict=True)]
-    costs = segment_costs(embeds, weights, lengths, max(map(min, caps, lengths), default=1)).cpu().numpy()
+    costs = segment_costs(embeds, weights, lengths, max([1, *map(min, caps, lengths)])).cpu()
     if pooled:
-        counts = _best_runs(costs, sum(budget))
+        counts = _best_runs(costs.numpy(), sum(budget))
     else:
-        starts = offsets(lengths).tolist()
-        clips = [costs[:cap, start : start + n] for cap, start, n in zip(caps, starts, lengths, strict=False)]
+        clips = [clip[:cap].numpy() for cap, clip in zip(caps, costs.split(tuple(lengths), dim=1), strict=True)]
         counts = np.concatenate([np.empty(0, dtype=np.int64), *map(_best_runs, clips, budget)])
     return torch.from_numpy(counts).to(embeds.device)
 
