@@ -31,8 +31,8 @@ class WardConfig(CompressorConfig):
             tower's last layer; they are averaged without it.
         norm_preserving: rescale the mean of a segment to the mean norm of its tokens.
         proportional_attention: let the LLM add log(size) to the attention logits of the tokens.
-        max_segment: tokens per segment with "exact"; raised where a clip's budget needs it. It cuts long silences, where
-            "greedy", which has no cap, can do better; a greater one takes time in proportion.
+        max_segment: tokens per segment with "exact", raised where a clip's budget needs it. It cuts long silences,
+            where "greedy", which has no cap, can do better; a greater one takes time in proportion.
     """
 
     keep_ratio: float = 0.25

@@ -109,8 +109,8 @@ def ward_exact(
     """Gives the segmentation of least cost, by dynamic programming over runs of at most `max_segment` tokens.
 
     The cap is raised to the least that meets a clip's budget. Of equal costs the runs at the end are longest. The
-    programme runs on the CPU; a clip of n tokens and K runs takes `K * (n - K) * max_segment` steps and, for a moment,
-    `8 * K * (n - K)` bytes.
+    programme runs on the CPU; a clip of n tokens and K runs (pooled: all clips as one) takes
+    `K * (n - K) * max_segment` steps and, for a moment, `8 * K * (n - K)` bytes.
 
     Args:
         embeds: `[N, D]`.
@@ -158,7 +158,8 @@ def segment_costs(embeds: Tensor, weights: Tensor, lengths: Sequence[int], most:
 def _best_runs(costs: np.ndarray, runs: int) -> np.ndarray:
     """Gives the lengths of the `runs` runs of least summed cost that cover all tokens; `costs` as in `segment_costs`.
 
-    A run is one token and some extra ones; `best[k][:, b]` is the least cost of k runs with b extra tokens.
+    A run is one token and some extra ones; row k of `best` holds the least cost of k runs for each number of extra
+    tokens in all of them.
     """
     spare = costs.shape[1] - runs
     most = min(len(costs), spare + 1)
