@@ -20,7 +20,8 @@ from torch.nn import functional
 from .select import top_k
 
 BLOCK = 64  # candidates at once; measured: 7,500 tokens of width 3584, 1,875 chosen in 42 to 113 blocks
-TIE = 1e-5  # squared distances of unit vectors that are not told apart: float32 sums over thousands of products
+TIE = 1e-6  # cosines, and squared norms of what is left of unit vectors, that float32 does not tell apart
+GONE = 1e-5  # a squared norm from which on what is left is rounding: it adds up over the steps
 _ENTRIES = 2**24  # of a block of the cosine matrix, 64 MiB in float32
 
 
@@ -106,7 +107,7 @@ def _greedy_map(quality: Tensor, unit: Tensor, count: int) -> Tensor:
     basis = unit.new_empty(min(count, unit.shape[1]), unit.shape[1])
     row_of: dict[int, int] = {}
     for step in range(len(basis)):
-        left = left.where(left > TIE, 0)
+        left = left.where(left > GONE, 0)
         gain = weight * left
         # The earliest whose gain would be the largest if what is left of it were larger by no more than an error.
         best = int(((weight * (left + TIE) >= gain.max()) & (left > 0)).byte().argmax())
@@ -116,8 +117,7 @@ def _greedy_map(quality: Tensor, unit: Tensor, count: int) -> Tensor:
             block = _candidates(gain, best)
             row_of = {token: row for row, token in enumerate(block.tolist())}
             parts = unit[block]  # [BLOCK, D], what is left of the candidates
-            for _ in range(2):  # twice, or rounding would leave them askew to the basis
-                parts = parts - (parts @ basis[:step].T) @ basis[:step]
+            parts = parts - (parts @ basis[:step].T) @ basis[:step]
             rows = parts @ unit.T  # [BLOCK, n]
         row = row_of[best]
         norm = torch.linalg.vector_norm(parts[row])

@@ -131,20 +131,23 @@ def test_greedy_map_makes_the_determinant_grow_most(monkeypatch, seed, width, bl
     assert greedy_map(quality, embeds, LENGTHS, BUDGET).tolist() == packed(slow_greedy_map, quality, embeds)
 
 
-def test_greedy_map_stays_exact_over_hundreds_of_steps():
-    """Against float64 Cholesky, the textbook form, on tokens that share most of their direction."""
+@pytest.mark.parametrize("common", [0, 2, 8])  # how much of their direction the tokens share
+@pytest.mark.parametrize("count", [200, 400])  # of 256 dimensions
+def test_greedy_map_stays_exact_over_hundreds_of_steps(count, common):
+    """Against float64 Cholesky, the textbook form, and past the last dimension by quality."""
     generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(600, 256, generator=generator) + 2 * torch.randn(256, generator=generator)
+    embeds = torch.randn(600, 256, generator=generator) + common * torch.randn(256, generator=generator)
     quality = torch.rand(600, generator=generator) + 0.5
     x, q = unit(embeds), quality.double()
     kernel = q[:, None] * (x @ x.T) * q
     left, factor, kept = kernel.diagonal().clone(), torch.empty(0, 600, dtype=torch.double), []
-    for _ in range(200):
+    for _ in range(min(count, 256)):
         j = int(left.argmax())
         row = (kernel[j] - factor[:, j] @ factor) / left[j].sqrt()
         factor, left, kept = torch.cat([factor, row[None]]), left - row**2, [*kept, j]
         left[kept] = -torch.inf
-    assert greedy_map(quality, embeds, (600,), (200,)).tolist() == sorted(kept)
+    kept += sorted(set(range(600)) - set(kept), key=lambda i: -q[i])[: count - len(kept)]
+    assert greedy_map(quality, embeds, (600,), (count,)).tolist() == sorted(kept)
 
 
 def test_greedy_map_by_hand():
