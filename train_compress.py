@@ -50,7 +50,7 @@ from audiopress.models.encoders import hidden_audio
 from audiopress.models.loading import build_for, is_omni_small
 from audiopress.models.omni import TRAINABLE, check_video_compressor, tokens_left
 from audiopress.models.packages import FetchError
-from audiopress.models.training import CompressTrainer, RunCallback, last_checkpoint, warm_up
+from audiopress.models.training import CompressTrainer, RunCallback, ShrinkCallback, last_checkpoint, warm_up
 
 log = logging.getLogger("train_compress")
 
@@ -95,7 +95,8 @@ class ModelArguments:
         default_factory=lambda: ["auto"],
         metadata={
             "help": "compressor, adapter (LoRA on the LLM), projector (the tower's last layer), several, or auto: "
-            "compressor where it has parameters, adapter, and projector where the model comes with a random one.",
+            "compressor where it has parameters, adapter, and projector where the model comes with a random one; or "
+            "none: a training-free method is evaluated as it is.",
             "nargs": "+",
         },
     )
@@ -174,6 +175,9 @@ class RunArguments(TrainingArguments):
     disable_tqdm: bool | None = False
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    shrink_steps: int = field(
+        default=0, metadata={"help": "Over so many first steps the keep ratio falls from 1 to its own, by a cosine."}
+    )
     show_layout: bool = field(default=False, metadata={"help": "Print the token tree before and after, and stop."})
     max_new_tokens: int = field(default=24, metadata={"help": "Of an answer in the evaluation."})
 
@@ -235,7 +239,7 @@ def read_config(path: Path, valid: dict[str, Action]) -> dict[str, Any]:
     return values
 
 
-def method_options(args: ModelArguments) -> tuple[dict[str, Any], tuple[float, ...]]:
+def method_options(args: ModelArguments, shrink_steps: int) -> tuple[dict[str, Any], tuple[float, ...]]:
     """Gives the compressor's options that were asked for, and its ratios; checks both by building without memory.
 
     Raises:
@@ -256,7 +260,9 @@ def method_options(args: ModelArguments) -> tuple[dict[str, Any], tuple[float, .
         options["keep_ratio"] = ratios[0]
     with torch.device("meta"):
         made = audiopress.build(args.compressor, hidden_size=64, encoder_size=64, llm=ANY_SHAPE, **options)
-        for ratio in ratios[1:]:
+        if args.train == ["none"] and made.trained:
+            raise ValueError(f"--train none is for training-free methods; {args.compressor} has weights to train")
+        for ratio in ratios[1:] + (1.0,) * (shrink_steps > 0):
             made.at(ratio)
         if args.video_compressor is not None:
             video = audiopress.build(args.video_compressor, hidden_size=64, **video_options(args))
@@ -315,9 +321,9 @@ def say(step: int, what: str) -> None:
 
 
 def what_to_train(model: CompressedOmni, asked: list[str]) -> set[str]:
-    """Resolves `auto`; see `ModelArguments.train`."""
+    """Resolves `auto` and `none`; see `ModelArguments.train`."""
     if asked != ["auto"]:
-        return set(asked)
+        return set(asked) - {"none"}
     names = {"adapter"}
     if model.own_parameters("compressor"):
         names.add("compressor")
@@ -376,9 +382,11 @@ def main(argv: list[str]) -> None:
     """Runs the whole job."""
     started = time.perf_counter()
     model_args, data_args, args = parse(argv)
-    options, ratios = method_options(model_args)
-    if unknown := set(model_args.train) - {"auto", *TRAINABLE}:
-        raise ValueError(f"--train takes auto, {', '.join(TRAINABLE)}, got {', '.join(sorted(unknown))}")
+    options, ratios = method_options(model_args, args.shrink_steps)
+    if unknown := set(model_args.train) - {"auto", "none", *TRAINABLE}:
+        raise ValueError(f"--train takes auto, none, {', '.join(TRAINABLE)}, got {', '.join(sorted(unknown))}")
+    if len(model_args.train) > 1 and {"auto", "none"} & set(model_args.train):
+        raise ValueError(f"--train auto and --train none stand alone, got {' '.join(model_args.train)}")
     if Path(model_args.model, storage.MANIFEST).is_file():
         raise ValueError(f"--model {model_args.model} is a saved variant: give its base model, or --resume a run")
     skips = SkipLog(data_args.strict)
@@ -447,37 +455,44 @@ def main(argv: list[str]) -> None:
         warmup = CTC_WARMUP_STEPS if weight and names & {"compressor", "projector"} else 0
     if warmup and not (weight and names & {"compressor", "projector"}):
         raise ValueError("--ctc-warmup-steps needs a --ctc-weight above 0, and compressor or projector in --train")
-    dataset = RecordDataset(train, encoder, data_args.strict)
-    if data_args.cache_audio or (data_args.cache_audio is None and data_args.data == SPEECH):
-        dataset = cache_audio(model, dataset)
     config = resolved(model_args, data_args, args, compressor)
-    say(4, f"training {', '.join(sorted(names))} on {len(train)} records")
+    what = f"training {', '.join(sorted(names))} on {len(train)} records" if names else "nothing is trained"
+    say(4, what)
     if first:
         print(yaml.safe_dump(config, sort_keys=False, width=110), end="")
         print(parameter_counts(model))
-    collate = OmniCollator(processor.tokenizer.pad_token_id)
-    warmup_losses: list[float] = []
-    if warmup and checkpoint is None:
-        rate_and_seed = {"learning_rate": args.warmup_learning_rate, "seed": args.seed}
-        warmup_losses = warm_up(model, dataset, collate, steps=warmup, **rate_and_seed)
     clock = RunCallback()
-    trainer = CompressTrainer(
-        model,
-        args,
-        data_collator=collate,
-        train_dataset=dataset,
-        eval_dataset=RecordDataset(validation or test, encoder, data_args.strict),
-        callbacks=[clock],
-        on_skip=skips.add,
-    )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
-    if not trainer.is_world_process_zero():
+    warmup_losses: list[float] = []
+    history: list[dict[str, Any]] = []
+    if names:
+        dataset = RecordDataset(train, encoder, data_args.strict)
+        if data_args.cache_audio or (data_args.cache_audio is None and data_args.data == SPEECH):
+            dataset = cache_audio(model, dataset)
+        collate = OmniCollator(processor.tokenizer.pad_token_id)
+        if warmup and checkpoint is None:
+            rate_and_seed = {"learning_rate": args.warmup_learning_rate, "seed": args.seed}
+            warmup_losses = warm_up(model, dataset, collate, steps=warmup, **rate_and_seed)
+        trainer = CompressTrainer(
+            model,
+            args,
+            data_collator=collate,
+            train_dataset=dataset,
+            eval_dataset=RecordDataset(validation or test, encoder, data_args.strict),
+            callbacks=[clock, *([ShrinkCallback(model, args.shrink_steps)] if args.shrink_steps else [])],
+            on_skip=skips.add,
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_model()
+        history = trainer.state.log_history
+    elif first:
+        model.save_pretrained(folder)
+    if not first:
         return
 
-    say(5, "evaluating the trained variant, and what it does with other audio")
+    variant = "trained variant" if names else "variant, untrained"
+    say(5, f"evaluating the {variant}, and what it does with other audio")
     results |= {
-        "trained variant": (own := score(model, test, name="trained variant")),
+        variant: (own := score(model, test, name=variant)),
         "the same, shuffled audio": score(model, with_other_audio(test, encoder), name="shuffled audio"),
     }
     for ratio in ratios[1:]:
@@ -500,7 +515,7 @@ def main(argv: list[str]) -> None:
         {"id": r.id, "reference": r.reference, **{name: e.answers[r.id] for name, e in results.items()}} for r in test
     ]
     storage.write_json(answers, folder / "answers.json")
-    draw(folder, model, encoder, trainer.state.log_history, test)
+    draw(folder, model, encoder, history, test)
     print(table(summary))
     skips.report(count)
     for record in test[:3]:

@@ -47,9 +47,7 @@ class AToMeConfig(ThresholdConfig):
         if self.rounds is not None:
             check_count("rounds", self.rounds)
         check_choice("stage", self.stage, ("connector", "encoder"))
-        check_layers(self.layers)
-        if isinstance(self.layers, list):  # as JSON and YAML have it
-            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", check_layers(self.layers))
         if self.stage == "encoder" and self.rounds is not None:
             raise ValueError(
                 f"rounds are for stage='connector'; inside the tower give layers, got rounds={self.rounds}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor
 
@@ -78,15 +79,16 @@ def resolve_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def check_layers(layers: object) -> None:
-    """Raises ValueError unless `layers` is a number of layers or ascending layer numbers from 0."""
-    if isinstance(layers, list | tuple):
-        for layer in layers:
-            check_count("layers", layer, least=0)
-        if not layers or list(layers) != sorted(set(layers)):
-            raise ValueError(f"layers must be ascending numbers from 0, each once, got {layers}")
-    else:
+def check_layers(layers: Any) -> int | tuple[int, ...]:
+    """Gives a number of layers, or ascending layer numbers from 0 as a tuple; raises ValueError for anything else."""
+    if not isinstance(layers, list | tuple):
         check_count("layers", layers)
+        return int(layers)
+    for layer in layers:
+        check_count("layers", layer, least=0)
+    if not layers or list(layers) != sorted(set(layers)):
+        raise ValueError(f"layers must be ascending numbers from 0, each once, got {layers}")
+    return tuple(layers)
 
 
 def block_targets(blocks: Sequence[int], owners: Sequence[int], budget: Sequence[int]) -> list[int]:

@@ -89,6 +89,7 @@ class CompressedOmni(nn.Module):
         self.compressor = compressor
         self.video_compressor = video_compressor
         self.keep_ratios: tuple[float, ...] = ()
+        self.shrinkage = 1.0  # how far a schedule of training has brought the ratio down from 1
         self.base = base
         self.positions = positions
         self.adapter: dict[str, Any] | None = None
@@ -202,10 +203,14 @@ class CompressedOmni(nn.Module):
         self.keep_ratios = tuple(keep_ratios)
 
     def drawn_compressor(self) -> Compressor | None:
-        """Gives the compressor, in training at one of `keep_ratios`, drawn from torch's CPU generator."""
-        if not (self.training and self.keep_ratios) or self.compressor is None:
+        """Gives the compressor; in training at one of `keep_ratios`, drawn from torch's CPU generator, and as far down
+        from 1 as `shrinkage` says.
+        """
+        if not self.training or self.compressor is None or not (self.keep_ratios or self.shrinkage < 1):
             return self.compressor
-        return self.compressor.at(self.keep_ratios[int(torch.randint(len(self.keep_ratios), ()))])
+        ratios = self.keep_ratios or (self.compressor.config.keep_ratio,)
+        keep_ratio = ratios[int(torch.randint(len(ratios), ())) if len(ratios) > 1 else 0]
+        return self.compressor.at(1 - self.shrinkage * (1 - keep_ratio))
 
     # The way of the data.
 

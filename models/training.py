@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,6 +157,24 @@ class RunCallback(TrainerCallback):
             storage.write_json(
                 {"step": state.global_step}, Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE)
             )
+
+
+class ShrinkCallback(TrainerCallback):
+    """Brings the keep ratio down from 1 by a cosine over the first steps (EViT, 2202.07800; TopK-AST, 2504.01690).
+
+    Args:
+        model: whose `shrinkage` is set.
+        steps: over which.
+    """
+
+    def __init__(self, model: CompressedOmni, steps: int) -> None:
+        self.model = model
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Sets the share of the way that is done."""
+        done = min(1.0, state.global_step / self.steps)
+        self.model.shrinkage = (1 - math.cos(math.pi * done)) / 2
 
 
 def last_checkpoint(folder: Path) -> Path | None:
