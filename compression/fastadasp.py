@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels import merge_chains
 from .base import CompressorConfig, Context, check_choice
 from .merging import MergeCompressor, MergeConfig, excess
+from .reading import read_attention
 from .registry import register
 from .stream import TokenStream
 
@@ -70,15 +71,5 @@ class FastAdaSP(MergeCompressor):
     def _weights(self, stream: TokenStream, context: Context) -> Tensor:
         if self.config.weights == "none":
             return stream.sizes
-        attention: Tensor = context.require("encoder_attention", self.name)
-        if attention.shape != stream.sizes.shape:
-            raise ValueError(
-                f"{self.name}: encoder_attention must be [N] = {list(stream.sizes.shape)}, got {list(attention.shape)}"
-            )
-        wrong = ~(attention.isfinite() & (attention >= 0))
-        if bool(wrong.any()):
-            clip = int(stream.clips[wrong][0])
-            raise ValueError(
-                f"{self.name}: clip {clip} of {len(stream.lengths)} has NaN, infinite or negative encoder_attention"
-            )
-        return attention.float().clamp(min=LEAST_ATTENTION) * stream.sizes
+        attention = read_attention(stream, context, self.name)
+        return attention.clamp(min=LEAST_ATTENTION) * stream.sizes

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import adjacent_cosine, clip_ids, nest_runs, segment_centres, segment_mean, segment_reduce
-from .base import Compressor, CompressorConfig, Context, check_choice, check_count, check_finite
+from .base import Compressor, CompressorConfig, Context, check_choice, check_count
+from .reading import read_keys
 from .stream import TokenStream
 
 
@@ -127,7 +128,7 @@ class MergeCompressor(Compressor):
         """
         return Merged(
             embeds=stream.embeds.float(),
-            keys=self._token_keys(stream, context) if self.config.metric == "keys" else None,
+            keys=read_keys(stream, context, self.name, self.config.key_heads) if self.config.metric == "keys" else None,
             sizes=stream.sizes,
             runs=torch.ones_like(stream.slots),
             lengths=stream.lengths,
@@ -137,23 +138,6 @@ class MergeCompressor(Compressor):
         """Gives the merged tokens of `stream`, each at the centre of all that went into it."""
         slots, sizes = segment_centres(stream.slots, stream.sizes, merged.runs)
         return stream.replace(embeds=merged.embeds, lengths=merged.lengths, slots=slots, sizes=sizes)
-
-    def _token_keys(self, stream: TokenStream, context: Context) -> Tensor:
-        keys: TokenStream = context.require("encoder_keys", self.name)
-        wanted = tuple(2 * n for n in stream.lengths)
-        if len(keys.lengths) != len(wanted) or any(
-            k not in (n, n + 1) for k, n in zip(keys.lengths, wanted, strict=True)
-        ):
-            raise ValueError(
-                f"{self.name}: encoder_keys must hold {list(wanted)} states (or one more) for clips of "
-                f"{list(stream.lengths)} tokens, got {list(keys.lengths)}"
-            )
-        heads, width = self.config.key_heads, keys.embeds.shape[1]
-        if width % heads:
-            raise ValueError(f"{self.name}: key_heads must divide the keys' width {width}, got {heads}")
-        check_finite(keys, self.name, "encoder_keys")
-        states = keys.head(wanted).embeds.detach().float()
-        return ((states[0::2] + states[1::2]) / 2).unflatten(1, (heads, -1)).mean(1)  # [N, width / heads]
 
 
 def excess(lengths: Sequence[int], targets: Sequence[int]) -> list[int]:

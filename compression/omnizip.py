@@ -14,6 +14,7 @@ from torch.nn import functional
 from ..kernels import evenly, pad_clips, segment_reduce, segment_softmax, top_k
 from .base import Compressor, CompressorConfig, Context, Scene, check_count
 from .budget import largest_remainder
+from .reading import read_attention
 from .registry import register
 from .scenes import (
     POSITIONS_PER_SECOND,
@@ -119,7 +120,7 @@ class OmniZip(Compressor):
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Selects and merges audio, then selects video."""
         scene, totals = read_scene(stream, context, self.name), self.budget(stream.lengths)
-        attention = self.read_attention(stream, scene, context)
+        attention = read_attention(stream, context, self.name)
         audio, audio_counts, video, video_counts = modalities(stream, scene)
         audio_budget, video_budget = split_budget(audio_counts, video_counts, totals, self.config.kept)
         anchors = [
@@ -133,20 +134,6 @@ class OmniZip(Compressor):
         kept_video = self.select_video(stream, scene, torch.cat([salient, anchor]), video_budget)
         merged = self.merge(stream, anchor, without(rest, anchor), video)
         return merged.select(torch.cat([salient, anchor, kept_video]).sort().values, totals)
-
-    def read_attention(self, stream: TokenStream, scene: Scene, context: Context) -> Tensor:
-        """Gives the attention received; raises ValueError if it does not fit the stream or an audio token has none."""
-        attention: Tensor = context.require("encoder_attention", self.name)
-        if attention.shape != stream.slots.shape:
-            raise ValueError(
-                f"{self.name}: encoder_attention must be [{len(stream.slots)}], one number per token of the stream, "
-                f"got {list(attention.shape)}"
-            )
-        broken = attention.isnan() & ~scene.is_video
-        if bool(broken.any()):
-            clip = int(stream.clips[broken][0])
-            raise ValueError(f"{self.name}: clip {clip} of {len(stream.lengths)} has NaN in encoder_attention")
-        return attention.float()
 
     def merge(self, stream: TokenStream, anchor: Tensor, pool: Tensor, video: Tensor) -> TokenStream:
         """Merges into each anchor those tokens of the pool that are most like it, the G most related to the video.

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import segment_centres, segment_mean, ward_exact, ward_greedy
-from .base import Compressor, CompressorConfig, Context, check_choice, check_count, check_finite
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count
 from .budget import token_budget
+from .encoder import EncoderMethod, LayerState, check_layers, resolve_layers
+from .reading import read_attention
 from .registry import register
 from .stream import TokenStream
 
@@ -33,6 +35,8 @@ class WardConfig(CompressorConfig):
         proportional_attention: let the LLM add log(size) to the attention logits of the tokens.
         max_segment: tokens per segment with "exact", raised where a clip's budget needs it. It cuts long silences,
             where "greedy", which has no cap, can do better; a greater one takes time in proportion.
+        stage: "connector" acts on the tower's output, "encoder" inside the tower, where later layers add log(size) too.
+        layers: of the tower that merge, from 0; or how many, evenly spaced.
     """
 
     keep_ratio: float = 0.25
@@ -42,6 +46,8 @@ class WardConfig(CompressorConfig):
     norm_preserving: bool = True
     proportional_attention: bool = True
     max_segment: int = 40
+    stage: Literal["connector", "encoder"] = "connector"
+    layers: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,10 +57,14 @@ class WardConfig(CompressorConfig):
         check_choice("norm_preserving", self.norm_preserving, (True, False))
         check_choice("proportional_attention", self.proportional_attention, (True, False))
         check_count("max_segment", self.max_segment)
+        check_choice("stage", self.stage, ("connector", "encoder"))
+        object.__setattr__(self, "layers", check_layers(self.layers))
+        if self.stage == "encoder" and self.budget == "batch":
+            raise ValueError("budget='batch' is for stage='connector': inside the tower every block has its own budget")
 
 
 @register("ward")
-class Ward(Compressor):
+class Ward(EncoderMethod):
     """Joins neighbouring tokens into the segments of least summed variance, as many as the budget allows.
 
     Joining neighbours is clustering on a line. Ward's criterion (Ward, Hierarchical grouping to optimize an objective
@@ -72,8 +82,12 @@ class Ward(Compressor):
 
     config_class: ClassVar[type[CompressorConfig]] = WardConfig
     config: WardConfig
-    presets: ClassVar = {"exact": {"segmentation": "exact"}}
+    presets: ClassVar = {"exact": {"segmentation": "exact"}, "encoder": {"stage": "encoder", "keep_ratio": 0.5}}
     summary = "contiguous segments of least variance; norm kept, size in the attention"
+
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.stage = self.config.stage
 
     @property
     def needs(self) -> frozenset[str]:
@@ -101,47 +115,49 @@ class Ward(Compressor):
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Segments, and replaces every segment by one token; a token alone stays as it is, bit for bit."""
         share = token_budget(stream.lengths, self.config.keep_ratio)
-        if share == stream.lengths:
+        weighted = self.config.weights == "attention"
+        return self.merge(stream, share, read_attention(stream, context, self.name) if weighted else None)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        """Gives the layers that merge."""
+        return resolve_layers(self.config.layers, depth)
+
+    def reduce(self, states: TokenStream, targets: Sequence[int], layer: LayerState) -> TokenStream:
+        """Segments every block."""
+        return self.merge(states, targets, layer.attention)
+
+    def merge(self, stream: TokenStream, share: Sequence[int], attention: Tensor | None) -> TokenStream:
+        """Replaces every segment by one token.
+
+        Args:
+            stream: what to segment.
+            share: segments per clip; of a pooled budget what the clips bring to it.
+            attention: `[N]`, weights the segmentation; None does not.
+        """
+        if tuple(share) == stream.lengths:
             return stream
-        counts = self.segment(stream, context, share)
+        counts = self.segment(stream, share, attention)
         slots, sizes = segment_centres(stream.slots, stream.sizes, counts)
         clips = stream.clips[counts.cumsum(0) - 1]
         return stream.replace(
-            embeds=self.merge(stream, counts),
+            embeds=self.average(stream, counts).to(stream.embeds.dtype),
             lengths=tuple(clips.bincount(minlength=len(stream.lengths)).tolist()),
             slots=slots,
             sizes=sizes,
         )
 
     @torch.no_grad()
-    def segment(self, stream: TokenStream, context: Context, share: Sequence[int]) -> Tensor:
+    def segment(self, stream: TokenStream, share: Sequence[int], attention: Tensor | None) -> Tensor:
         """Gives the tokens per segment, `[M]` int64."""
         embeds = stream.embeds.float()
-        if self.config.weights == "attention":
-            embeds = embeds * self.read_attention(stream, context).sqrt()[:, None]
+        if attention is not None:
+            embeds = embeds * attention.sqrt()[:, None]
         pooled = self.config.budget == "batch"
         if self.config.segmentation == "greedy":
             return ward_greedy(embeds, stream.sizes, stream.lengths, share, pooled)
         return ward_exact(embeds, stream.sizes, stream.lengths, share, self.config.max_segment, pooled)
 
-    def read_attention(self, stream: TokenStream, context: Context) -> Tensor:
-        """Gives the attention each token receives, `[N]` float32.
-
-        Raises:
-            ValueError: it does not fit the stream, is not finite, or is negative; the clip is named.
-        """
-        attention: Tensor = context.require("encoder_attention", self.name)
-        if attention.shape != stream.slots.shape:
-            raise ValueError(
-                f"{self.name}: encoder_attention must be [N] = {list(stream.slots.shape)}, got {list(attention.shape)}"
-            )
-        check_finite(stream.replace(embeds=attention[:, None]), self.name, "encoder_attention")
-        if bool((attention < 0).any()):
-            clip = int(stream.clips[attention < 0][0])
-            raise ValueError(f"{self.name}: clip {clip} of {len(stream.lengths)} has negative encoder_attention")
-        return attention.float()
-
-    def merge(self, stream: TokenStream, counts: Tensor) -> Tensor:
+    def average(self, stream: TokenStream, counts: Tensor) -> Tensor:
         """Gives one token per segment, `[M, D]` float32."""
         embeds = stream.embeds.float()
         means = segment_mean(embeds, stream.sizes, counts)
@@ -149,4 +165,4 @@ class Ward(Compressor):
             return means
         wanted = segment_mean(torch.linalg.vector_norm(embeds, dim=1, keepdim=True), stream.sizes, counts)
         norms = torch.linalg.vector_norm(means, dim=1, keepdim=True)
-        return means * torch.where(norms > 0, wanted / norms, 1.0)
+        return means * torch.where(norms > 0, wanted / torch.where(norms > 0, norms, 1.0), 1.0)

@@ -162,6 +162,8 @@ ALL_CASES = [
     Case("sa-map", {"keep_ratio": 0.9, "threshold": -1.0}, ATTENTION, covers=False, compares=True),
     Case("pooling+stacking", {"pooling": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}),
     Case("conv:osum+uniform-stride", {"conv": OSUM, "uniform-stride": {"keep_ratio": 0.3}}, HIDDEN, covers=False),
+    Case("ward:encoder", {"keep_ratio": 0.3}),
+    Case("ward", {"stage": "encoder", "layers": [1], "weights": "attention", "segmentation": "exact"}, ATTENTION),
     Case("ward", {"keep_ratio": 0.5}, compares=True),
     Case("ward", {"keep_ratio": 0.1, "norm_preserving": False}, compares=True),
     Case("ward", {"weights": "attention"}, frozenset({"encoder_attention"}), compares=True),
