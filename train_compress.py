@@ -42,6 +42,7 @@ from audiopress.compression import Compressor
 from audiopress.compression.base import LLMShape
 from audiopress.data.collator import Encoder, OmniCollator, RecordDataset
 from audiopress.data.longvale import load_dialogues
+from audiopress.data.mixing import mix
 from audiopress.data.records import Record
 from audiopress.data.skips import SkipLog
 from audiopress.data.speech import LANGUAGES, folder_records, speech_records
@@ -50,7 +51,14 @@ from audiopress.models.encoders import hidden_audio
 from audiopress.models.loading import build_for, is_omni_small
 from audiopress.models.omni import TRAINABLE, check_video_compressor, tokens_left
 from audiopress.models.packages import FetchError
-from audiopress.models.training import CompressTrainer, RunCallback, ShrinkCallback, last_checkpoint, warm_up
+from audiopress.models.training import (
+    CompressTrainer,
+    RunCallback,
+    ShrinkCallback,
+    fit_speech_rate,
+    last_checkpoint,
+    warm_up,
+)
 
 log = logging.getLogger("train_compress")
 
@@ -114,6 +122,10 @@ class ModelArguments:
             "without running the LLM. Default: 150 for transcription, else 0."
         },
     )
+    speech_rate_steps: int = field(
+        default=300,
+        metadata={"help": "On transcribed speech, fit the rate predictor of qformer:mms-llama first."},
+    )
     positions: Literal["original", "contiguous"] = "original"
 
 
@@ -131,6 +143,12 @@ class DataArguments:
     min_words: int = field(default=1, metadata={"help": "Shorter utterances are left out."})
     max_utterance_seconds: float | None = field(
         default=6.0, metadata={"help": "Longer utterances of the packaged speech are left out."}
+    )
+    mix_matching: float = field(
+        default=0.0, metadata={"help": "Share of records with sound and video to ask whether the two belong together."}
+    )
+    mix_joined: float = field(
+        default=0.0, metadata={"help": "Share of records with video alone to join with one of sound alone."}
     )
     eval_data: str | None = field(default=None, metadata={"help": "Held-out dialogues. Default: the last 5 %%."})
     video_dir: str | None = None
@@ -277,7 +295,7 @@ def video_options(args: ModelArguments) -> dict[str, Any]:
     return {} if args.video_keep_ratio is None else {"keep_ratio": args.video_keep_ratio}
 
 
-def load_records(args: DataArguments, skips: SkipLog) -> tuple[list[Record], list[Record], list[Record]]:
+def load_records(args: DataArguments, skips: SkipLog, seed: int) -> tuple[list[Record], list[Record], list[Record]]:
     """Gives the records to train on, to watch while training, and to evaluate at the end.
 
     Raises:
@@ -303,6 +321,7 @@ def load_records(args: DataArguments, skips: SkipLog) -> tuple[list[Record], lis
             cut = max(2, len(train) // 20)
             train, test = train[:-cut], train[-cut:]
         validation = test
+    train = mix(train, seed, matching=args.mix_matching, joined=args.mix_joined)
     test = test[: args.max_eval_records]
     check_enough(train, test)
     return train, validation[: args.max_eval_records], test
@@ -398,7 +417,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{folder} holds checkpoints of an earlier run: give --resume, or another --output-dir")
 
     say(1, f"reading records: {data_args.speech_dir or data_args.data}")
-    train, validation, test = load_records(data_args, skips)
+    train, validation, test = load_records(data_args, skips, args.seed)
 
     say(2, f"opening {model_args.model}")
     model, processor = audiopress.load(model_args.model, device=args.device)
@@ -463,12 +482,16 @@ def main(argv: list[str]) -> None:
         print(parameter_counts(model))
     clock = RunCallback()
     warmup_losses: list[float] = []
+    rate_losses: list[float] = []
     history: list[dict[str, Any]] = []
     if names:
         dataset = RecordDataset(train, encoder, data_args.strict)
         if data_args.cache_audio or (data_args.cache_audio is None and data_args.data == SPEECH):
             dataset = cache_audio(model, dataset)
         collate = OmniCollator(processor.tokenizer.pad_token_id)
+        if data_args.data == SPEECH and model_args.speech_rate_steps and checkpoint is None:
+            texts = {r.id: r.reference for r in train}
+            rate_losses = fit_speech_rate(model, dataset, texts, steps=model_args.speech_rate_steps, seed=args.seed)
         if warmup and checkpoint is None:
             rate_and_seed = {"learning_rate": args.warmup_learning_rate, "seed": args.seed}
             warmup_losses = warm_up(model, dataset, collate, steps=warmup, **rate_and_seed)
@@ -508,6 +531,7 @@ def main(argv: list[str]) -> None:
         "compressor": compressor.describe(),
         "results": {name: row(result) for name, result in results.items()},
         "warm_up_losses": [round(loss, 4) for loss in warmup_losses],
+        "speech_rate_losses": [round(loss, 4) for loss in rate_losses],
         "config": config,
     }
     storage.write_json(summary, folder / "results.json")

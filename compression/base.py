@@ -120,7 +120,7 @@ class Context:
         video: the video tokens of each clip's sample, `[V, D]`; no token where there is no video.
         video_seconds: `[V]` float32, when each of `video` happens, on the clip's own clock.
         scene: what each token of a joint stream is; None means that all are audio.
-        first_layer: the LLM's first decoder layer, with `input_layernorm`, `self_attn.q_proj` and `.k_proj`.
+        first_layer: the LLM's first decoder layer, with `self_attn.q_proj`, `.k_proj` and `.head_dim`.
         seed: of everything a method draws at random; the same seed gives the same tokens.
     """
 

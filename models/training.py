@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
 
+from ..compression.speech_rate import SpeechRate, relative_rates, train_speech_rate
 from . import storage
+from .encoders import encode_audio
 from .omni import CompressedOmni
 
+STATES_PER_SECOND = 50  # of the audio tower, before its own pooling
 COMPLETE = "complete.json"  # written last into a checkpoint: without it the checkpoint is not one
 
 log = logging.getLogger(__name__)
@@ -79,6 +83,42 @@ def warm_up(
                     break
     model.train(training)
     return losses
+
+
+def fit_speech_rate(
+    model: CompressedOmni, samples: Iterable[dict[str, Any]], texts: Mapping[str, str], *, steps: int, seed: int = 0
+) -> list[float]:
+    """Fits the speech-rate predictor of a compressor that has one (MMS-LLaMA) to transcribed speech, and freezes it.
+
+    Args:
+        model: its compressor may be a chain.
+        samples: encoded, of one utterance each.
+        texts: what is said in each, by its id.
+        steps: of the optimizer.
+        seed: of the order.
+
+    Returns:
+        The loss of every step; nothing where no part of the compressor predicts a rate.
+    """
+    modules = () if model.compressor is None else model.compressor.modules()
+    predictor = next((m for m in modules if isinstance(m, SpeechRate)), None)
+    if predictor is None:
+        return []
+    states, words = [], []
+    for sample in tqdm(samples, desc="states for the speech rate"):
+        states.append(_last_states(model, sample["input_features"][None].to(model.device)))
+        words.append(len(texts[sample["id"]].split()))
+    rates = relative_rates(words, [len(s) / STATES_PER_SECOND for s in states])
+    return train_speech_rate(predictor, states, rates, steps, seed=seed)
+
+
+@torch.no_grad()
+def _last_states(model: CompressedOmni, features: Tensor) -> Tensor:
+    """Gives what a compressor reads as `encoder_hidden` of one clip `[1, mel, T]`: `[n, D_enc]`."""
+    mask = torch.ones(features.shape[::2], dtype=torch.long, device=features.device)
+    context = encode_audio(model.thinker, features, mask, needs=frozenset({"encoder_hidden"}))[1]
+    assert context.encoder_hidden is not None
+    return context.encoder_hidden.embeds.float()
 
 
 class CompressTrainer(Trainer):

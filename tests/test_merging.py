@@ -410,7 +410,7 @@ def test_keys_and_attention_that_do_not_fit(name):
             changed = dataclasses.replace(
                 context, encoder_attention=torch.where(torch.arange(72) == 9, wrong, attention)
             )
-            with pytest.raises(ValueError, match="clip 2 of 7 has (NaN or infinite|negative) encoder_attention"):
+            with pytest.raises(ValueError, match=r"clip 2 of 7 has (NaN or infinite|negative) encoder_attention"):
                 method(stream, changed)
 
 

@@ -250,6 +250,39 @@ def test_the_saved_variant_gives_the_same_answers_in_a_new_process(variant, spee
     assert json.loads(done.stdout) == answers
 
 
+def test_one_variant_for_several_ratios(here, config, tmp_path):
+    options = "--compressor pooling --keep-ratio 0.5,0.25,0.125 --compressor-options kind=attentive --shrink-steps 3"
+    status, out, _ = here(config, *options.split(), "--max-steps", 4, "--output-dir", tmp_path)
+    assert not status
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    rates = [results[name]["keep_ratio"] for name in results if "shuffled" not in name]
+    assert rates == pytest.approx([1, 0.5, 0.25, 0.125], abs=0.02)
+    assert "| the same at keep_ratio 0.125 |" in out
+    model, _ = audiopress.load(tmp_path, device="cpu", keep_ratio=0.125)
+    assert model.compressor.config.keep_ratio == 0.125
+    assert model.keep_ratios == (0.5, 0.25, 0.125)
+
+
+def test_a_training_free_method_untrained(here, config, tmp_path):
+    options = "--compressor ward --compressor-options segmentation=exact --train none --ctc-warmup-steps 0"
+    status, out, _ = here(config, *options.split(), "--output-dir", tmp_path)
+    assert not status
+    assert "nothing is trained" in out
+    assert "| variant, untrained |" in out
+    assert {"results.json", "audiopress.json", "tokens.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert audiopress.load(tmp_path, device="cpu")[0].compressor.name == "ward"
+
+
+def test_the_speech_rate_is_fitted_first(here, config, tmp_path):
+    options = "--compressor qformer:mms-llama --keep-ratio= --speech-rate-steps 9 --compressor-options width=24 heads=2"
+    plain = {k: v for k, v in yaml.safe_load(config.read_text()).items() if k != "keep_ratio"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
+    options = options.replace("--keep-ratio= ", "")
+    status, _, _ = here(tmp_path / "run.yaml", *options.split(), "--max-steps", 2, "--output-dir", tmp_path / "run")
+    assert not status
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["speech_rate_losses"]) == 9
+
+
 def test_show_layout(here, config, tmp_path):
     status, out, _ = here(config, "--show-layout", "--output-dir", tmp_path / "out")
     assert status is None
@@ -436,6 +469,21 @@ def test_dialogues_about_videos(here, videos, base, tmp_path, caplog):
     assert [a["reference"] for a in json.loads((out / "answers.json").read_text())] == ["From 25 to 75."] * 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    ["--compressor omnizip", "--compressor uniform-stride --video-compressor uniform-stride --video-keep-ratio 0.25"],
+)
+def test_video_tokens_are_reduced_too(here, videos, base, tmp_path, options):
+    data = write_json(tmp_path / "data.json", [entry(f"v{i}") for i in range(6)])
+    plain = ("--video-dir", videos, "--num-frames", 4, "--max-steps", 2, "--output-dir", tmp_path / "out")
+    status, out, _ = here(*options.split(), "--model", base, "--data", data, *plain, *QUICK)
+    assert not status
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    kept = results["trained variant"]["tokens"]["video"]
+    assert 0 < kept[1] < kept[0]
+    assert "video kept" in out
+
+
 def test_few_dialogues_over_extracted_audio(here, base, speech, tmp_path):
     """Of four, two are held out."""
     data = write_json(tmp_path / "data.json", [entry(file.stem) for file in of_split(speech, "train")[:4]])
@@ -452,9 +500,17 @@ BAD_OPTIONS = {
     "--compressor poolin": "unknown method 'poolin'; there are .*conv.*did you mean 'pooling'",
     "--compressor stacking:slam": "unknown preset of stacking 'slam'; there are llama-avsr, llama-omni, slam-asr",
     "--keep-ratio 0": r"keep_ratio .*\(0, 1\], got 0",
+    "--keep-ratio 0.5,0.25": "weights of its own for every keep_ratio",
+    "--keep-ratio 0.5,x": "takes a number, or several as 0.5,0.25, got '0.5,x'",
+    "--video-compressor stacking": "training-free method that reads them alone, got stacking",
+    "--video-compressor randon": "unknown method 'randon'; .*did you mean 'random'",
+    "--video-keep-ratio 0.5": "--video-keep-ratio needs a --video-compressor",
+    "--train none": "stacking has weights to train",
+    "--train none adapter": "--train auto and --train none stand alone",
+    "--mix-joined 2": r"joined is a share .* \[0, 1\], got 2",
     "--keep-ratio 1.5": r"keep_ratio .*\(0, 1\], got 1.5",
     "--keep-ratio nan": r"keep_ratio .*\(0, 1\], got nan",
-    "--keep-ratio half": "argument --keep.ratio.*: invalid float value: 'half'",
+    "--keep-ratio half": "--keep-ratio takes a number, or several as 0.5,0.25, got 'half'",
     "--compressor-options kk=3": "stacking has no option kk; its options are .*keep_ratio",
     "--compressor-options k": "--compressor-options takes KEY=VALUE, got 'k'",
     "--compressor-options k=two": "k must be .*got 'two'",
