@@ -17,6 +17,7 @@ from audiopress.benchmarks.plots import plot_tokens
 from audiopress.benchmarks.report import audio_tokens
 from audiopress.benchmarks.scoring import to_device
 from audiopress.compression import TokenStream
+from audiopress.compression.budget import check_keep_ratio
 from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.media import read_audio
 from audiopress.data.records import Record, user
@@ -54,6 +55,7 @@ def build_at(model: CompressedOmni, method: str, keep_ratio: float | None) -> An
     made = build_for(model.thinker, method)
     if keep_ratio is None:
         return made
+    check_keep_ratio(keep_ratio)
     try:
         return made.at(keep_ratio)
     except ValueError:

@@ -199,7 +199,7 @@ def test_contributing_shows_a_method_that_keeps_the_contract(tmp_path, monkeypat
     spec.loader.exec_module(module)
 
     exec(rows, table := {"Case": Case})
-    cases = [case for case in table["CASES"] if case is not ...]
+    cases = [case for case in table["ALL_CASES"] if case is not ...]
     info = audiopress.available()[name]
     assert {case.name for case in cases} == {name, *(f"{name}:{preset}" for preset in info.presets)}
     promises = 0
