@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import EOS, make_thinker
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import WhisperConfig, WhisperModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -168,3 +169,25 @@ def test_a_decoder_that_reads_the_tokens():
     with biased([layer.encoder_attn for layer in decoder.layers], copies.float().log()[None]):
         found = decoder(ids, encoder_hidden_states=states).last_hidden_state
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_flash_attention_takes_the_bias():
+    """At the 7B model's head sizes, in bfloat16 and with no other kernel allowed, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 700, 128, generator=generator).cuda().bfloat16() for heads in (28, 4, 4))
+    bias = torch.randint(1, 60, (1, 700), generator=generator).float().log().cuda()
+    _, lm = language_model()
+    enable_key_bias(lm.config)
+    attention = lm.layers[0].self_attn
+    attention.num_key_value_groups = 7
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found, _ = ALL_ATTENTION_FUNCTIONS[lm.config._attn_implementation](
+            attention, q, k, v, None, scaling=128**-0.5, key_bias=bias
+        )
+    q, k, v = q.double(), k.double().repeat_interleave(7, 1), v.double().repeat_interleave(7, 1)
+    logits = q @ k.mT * 128**-0.5 + bias.double()
+    causal = torch.ones(700, 700, device="cuda", dtype=torch.bool).triu(1)
+    want = logits.masked_fill(causal, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(found.transpose(1, 2).double(), want, rtol=0.02, atol=0.01)

@@ -1,0 +1,122 @@
+"""Times every method between tower and LLM on one long clip: what compressing itself costs.
+
+python benchmarks/compressor_speed.py                                   # all methods, 300 s, Qwen2.5-Omni-7B's widths
+python benchmarks/compressor_speed.py --methods ward sa-map --seconds 60 --keep-ratio 0.1
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from audiopress.benchmarks.report import environment, peak_memory
+from audiopress.compression import Compressor, Context, TokenStream, available, build
+from audiopress.compression.base import TOKENS_PER_SECOND, Prompt, Scene
+from audiopress.compression.registry import QWEN_7B
+
+WORDS = 20  # of the question
+WANDER = 0.3  # how far neighbouring tokens lie apart, of their own length; a guess
+
+
+def walk(rows: int, width: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Gives rows that resemble their neighbours, as those of an audio tower do: `[rows, width]`."""
+    noise = torch.randn(rows, width, generator=generator)
+    for i in range(1, rows):
+        noise[i] = (1 - WANDER) * noise[i - 1] + WANDER * noise[i]
+    return nn.functional.normalize(noise, dim=1).mul(width**0.5).to(device)
+
+
+def inputs(seconds: float, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[TokenStream, Context]:
+    """Gives a clip of synthetic tokens, and all that a method may read, without video."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, width, states = round(TOKENS_PER_SECOND * seconds), QWEN_7B.hidden_size, QWEN_7B.encoder_size
+    assert states is not None
+    assert QWEN_7B.llm is not None
+
+    def stream(rows: int, size: int) -> TokenStream:
+        return TokenStream(walk(rows, size, generator, device).to(dtype), (rows,))
+
+    audio = stream(tokens, width)
+    layer = nn.Module()
+    layer.self_attn = nn.Module()
+    layer.self_attn.head_dim = QWEN_7B.llm.head_size
+    layer.self_attn.q_proj = nn.Linear(width, QWEN_7B.llm.heads * QWEN_7B.llm.head_size)
+    layer.self_attn.k_proj = nn.Linear(width, QWEN_7B.llm.kv_heads * QWEN_7B.llm.head_size)
+    context = Context(
+        encoder_hidden=stream(2 * tokens, states),
+        encoder_keys=stream(2 * tokens, states),
+        encoder_attention=torch.rand(tokens, generator=generator).to(device) + 0.5,
+        question=stream(WORDS, width),
+        prompt=Prompt(stream(WORDS, width), torch.arange(WORDS, device=device).expand(3, -1)),
+        video=stream(0, width),
+        video_seconds=torch.zeros(0, device=device),
+        first_layer=layer.to(device, dtype).requires_grad_(False),
+    )
+    context.scene = Scene.of_audio(audio)
+    return audio, context
+
+
+@torch.no_grad()
+def measure(method: Compressor, stream: TokenStream, context: Context, repeats: int) -> tuple[TokenStream, list[float]]:
+    """Runs a method; gives its tokens and the seconds of each run but the first, which is for warming up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        out = method(stream, dataclasses.replace(context))
+        if stream.embeds.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return out, seconds[1:]
+
+
+def main() -> None:
+    """Prints a table, and writes one JSON line per method."""
+    every = [f"{name}:{p}" if p else name for name, info in available().items() for p in ("", *info.presets)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=every, help="NAME or NAME:PRESET; default: all")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of the clip")
+    parser.add_argument("--keep-ratio", type=float, default=None, help="default: each method's own")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/compressor_speed.jsonl"))
+    args = parser.parse_args()
+    sizes = {f.name: getattr(QWEN_7B, f.name) for f in dataclasses.fields(QWEN_7B)}
+    options = {} if args.keep_ratio is None else {"keep_ratio": args.keep_ratio}
+    if unknown := sorted(set(args.methods) - set(every)):
+        sys.exit(f"error: unknown method {', '.join(unknown)}; there are {', '.join(every)}")
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    stream, context = inputs(args.seconds, 0, device, dtype)
+    where = environment(device)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = ["| method | tokens out | seconds |", "|---|---|---|"]
+    with args.output.open("a") as file:
+        for name in tqdm(args.methods, disable=None):
+            row = {**where, "method": name, "clip_seconds": args.seconds, "tokens_in": stream.lengths[0]}
+            try:
+                method = build(name, **sizes, **options).to(device, dtype).eval()
+                if method.stage == "encoder":
+                    continue  # acts inside the tower
+                out, seconds = measure(method, stream, context, args.repeats)
+                row |= {"status": "ok", "tokens_out": out.lengths[0], "seconds": statistics.median(seconds)}
+                row |= {"all_seconds": seconds, "options": dataclasses.asdict(method.config)}
+                rows.append(f"| `{name}` | {row['tokens_out']:,} | {row['seconds']:.3g} |")
+            except (ValueError, RuntimeError) as error:  # out of memory is a RuntimeError; a failure is a row
+                row |= {"status": "failed", "message": str(error)}
+                rows.append(f"| `{name}` | failed: {str(error).splitlines()[0][:60]} | |")
+            row["peak_memory_gb"] = peak_memory(device) / 1e9
+            file.write(json.dumps(row) + "\n")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
