@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels import evenly, segment_mean, segment_reduce, top_k
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_number
 from .encoder import EncoderMethod, LayerState, check_layers, resolve_layers
 from .reading import read_attention, read_keys
 from .registry import register
@@ -56,8 +56,7 @@ class AttentionTopKConfig(CompressorConfig):
             )
         check_count("segments", self.segments)
         check_count("key_heads", self.key_heads)
-        if isinstance(self.contextual, bool) or not 0 <= self.contextual <= 1:
-            raise ValueError(f"contextual is a share of the budget and must be in [0, 1], got {self.contextual!r}")
+        check_number("contextual", self.contextual, "[0, 1]")
         if self.key_heads > 1 and self.contextual == 0:
             raise ValueError(f"key_heads needs contextual > 0, got {self.key_heads} with contextual=0")
 

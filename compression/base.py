@@ -302,7 +302,7 @@ def parameter_count(module: nn.Module) -> int:
 
 def check_choice(option: str, value: object, choices: Collection[object]) -> None:
     """Raises ValueError that names the option and the choices unless `value` is one of them."""
-    if value not in choices:
+    if value not in tuple(choices):  # a dict or a set would hash the value, which a list does not allow
         raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -310,6 +310,23 @@ def check_count(option: str, value: object, least: int = 1) -> None:
     """Raises ValueError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{option} must be a whole number >= {least}, got {value!r}")
+
+
+def check_flag(option: str, value: object) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{option} must be True or False, got {value!r}")
+
+
+def check_number(option: str, value: object, interval: str) -> None:
+    """Raises ValueError unless `value` is a number in the interval, as in "[0, 1]", "[0, 1)" or "(0, inf)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if above and below:
+            return
+    raise ValueError(f"{option} must be in {interval}, got {value!r}")
 
 
 def check_finite(stream: TokenStream, method: str, what: str = "embeddings") -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels import positions, segment_centres, unfold
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag, check_number
 from .budget import window_budget
 from .frames import FrameCompressor, FrameConfig, fixed_windows
 from .registry import register
@@ -59,6 +59,8 @@ class ConvConfig(FrameConfig):
         if self.strides is None:
             strides = prime_factors(self.resolve_window("strides", None)) or (1,)
         else:
+            if not isinstance(self.strides, list | tuple):
+                raise ValueError(f"strides must be a list of whole numbers, got {self.strides!r}")
             strides = tuple(self.strides) or (1,)
             for stride in strides:
                 check_count("strides", stride)
@@ -71,6 +73,8 @@ class ConvConfig(FrameConfig):
         check_choice("padding", self.padding, ("left", "right", "both"))
         check_choice("channels", self.channels, ("llm", "input", "double"))
         check_choice("activation", self.activation, ACTIVATIONS)
+        check_flag("norm", self.norm)
+        check_number("dropout", self.dropout, "[0, 1)")
 
 
 class PackedConv1d(nn.Conv1d):

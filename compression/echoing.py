@@ -21,6 +21,8 @@ from .base import (
     check_choice,
     check_count,
     check_finite,
+    check_flag,
+    check_number,
 )
 from .budget import largest_remainder
 from .cs2 import CS2
@@ -62,9 +64,9 @@ class EchoingConfig(CompressorConfig):
         check_count("layers", self.layers)
         check_choice("selection", self.selection, ("single-pool", "per-window"))
         for option in ("window_seconds", "audio_weight", "temperature"):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{option} must be a number above 0, got {value!r}")
+            check_number(option, getattr(self, option), "(0, inf)")
+        check_flag("gumbel", self.gumbel)
+        check_flag("sync_rope", self.sync_rope)
         if self.selection == "single-pool" and self.audio_weight != 1:
             raise ValueError(f"audio_weight needs selection='per-window', got {self.audio_weight} with a single pool")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import adjacent_cosine, clip_ids, nest_runs, segment_centres, segment_mean, segment_reduce
-from .base import Compressor, CompressorConfig, Context, check_choice, check_count
+from .base import Compressor, CompressorConfig, Context, check_choice, check_count, check_flag, check_number
 from .reading import read_keys
 from .stream import TokenStream
 
@@ -39,7 +39,7 @@ class MergeConfig(CompressorConfig):
         check_count("key_heads", self.key_heads)
         if self.key_heads > 1 and self.metric != "keys":
             raise ValueError(f"key_heads needs metric='keys', got {self.key_heads} with metric={self.metric!r}")
-        check_choice("proportional_attention", self.proportional_attention, (False, True))
+        check_flag("proportional_attention", self.proportional_attention)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ class ThresholdConfig(MergeConfig):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if self.threshold is not None and not (number and -1 <= self.threshold <= 1):
-            raise ValueError(f"threshold is a cosine and must be in [-1, 1], got {self.threshold!r}")
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, "[-1, 1]")
         if self.keep_ratio is None:
             object.__setattr__(self, "keep_ratio", 0.5 if self.threshold is None else 1.0)
         super().__post_init__()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels import evenly, pad_clips, segment_reduce, segment_softmax, top_k
-from .base import Compressor, CompressorConfig, Context, Scene, check_count
+from .base import Compressor, CompressorConfig, Context, Scene, check_count, check_number
 from .budget import largest_remainder
 from .reading import read_attention
 from .registry import register
@@ -21,7 +21,6 @@ from .scenes import (
     Frames,
     Groups,
     SceneConfig,
-    check_share,
     elapsed,
     modalities,
     per_group,
@@ -59,13 +58,12 @@ class OmniZipConfig(SceneConfig):
 
     def __post_init__(self) -> None:
         for name in ("contextual_ratio", "rho_min", "rho_max"):
-            check_share(name, getattr(self, name))
+            check_number(name, getattr(self, name), "[0, 1]")
         if self.rho_min > self.rho_max:
             raise ValueError(f"rho_min must be at most rho_max, got {self.rho_min} and {self.rho_max}")
         check_count("neighbours", self.neighbours, least=0)
         check_count("k", self.k)
-        if not self.window_seconds > 0:
-            raise ValueError(f"window_seconds must be positive, got {self.window_seconds!r}")
+        check_number("window_seconds", self.window_seconds, "(0, inf)")
         super().__post_init__()
 
     @property

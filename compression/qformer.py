@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import clip_ids, offsets, positions, segment_reduce, unfold
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag, check_number
 from .budget import check_keep_ratio
 from .conv import PackedConv1d
 from .frames import FRAMES_PER_TOKEN, FrameCompressor, FrameConfig
@@ -84,9 +83,12 @@ class QFormerConfig(FrameConfig):
             check_count(option, getattr(self, option))
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads={self.heads}, got {self.width}")
-        for option, end in (("dropout", 1.0), ("diversity", math.inf)):
-            if not 0 <= getattr(self, option) < end:
-                raise ValueError(f"{option} must be in [0, {end:g}), got {getattr(self, option)!r}")
+        check_number("dropout", self.dropout, "[0, 1)")
+        check_number("diversity", self.diversity, "[0, inf)")
+        for option in ("halve", "causal", "positions", "speech_rate"):
+            check_flag(option, getattr(self, option))
+        if self.keep_ratio is not None:
+            check_keep_ratio(self.keep_ratio)
         if self.source != "hidden" and (self.halve or self.speech_rate or self.video == "read"):
             raise ValueError("halve, speech_rate and video='read' need source='hidden', the tower's states")
         if self.video == "read" and not self.positions:
@@ -114,7 +116,6 @@ class QFormerConfig(FrameConfig):
         windows = ((2 * scale, 1),) if self.windows is None else _check_windows(self.windows)  # 12.5 per second
         (frames, queries), wanted = windows[0], self.keep_ratio
         if wanted is not None and abs(scale * queries / frames - wanted) > 1e-6:
-            check_keep_ratio(wanted)
             if windows == ((frames, 1),):
                 windows = ((round(scale / wanted), 1),)
             else:

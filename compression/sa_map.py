@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels import greedy_map, positions, segment_centres, segment_mean, top_k
-from .base import Compressor, CompressorConfig, Context, check_count
+from .base import Compressor, CompressorConfig, Context, check_count, check_number
 from .reading import read_attention
 from .registry import register
 from .stream import TokenStream
@@ -36,8 +36,7 @@ class SAMAPConfig(CompressorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.threshold, bool) or not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a cosine and must be in [-1, 1], got {self.threshold!r}")
+        check_number("threshold", self.threshold, "[-1, 1]")
         check_count("max_group", self.max_group)
 
 

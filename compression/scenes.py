@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import CompressorConfig, Context, Scene
+from .base import CompressorConfig, Context, Scene, check_number
 from .budget import largest_remainder
 from .stream import TokenStream
 
@@ -53,8 +53,8 @@ class SceneConfig(CompressorConfig):
             object.__setattr__(self, "rho_a", self.usual_rates[0])
             object.__setattr__(self, "rho_v", self.usual_rates[1])
         if self.rho_a is not None:
-            check_share("rho_a", self.rho_a)
-            check_share("rho_v", self.rho_v)
+            check_number("rho_a", self.rho_a, "[0, 1]")
+            check_number("rho_v", self.rho_v, "[0, 1]")
             nominal = sum(n * kept for n, kept in zip(PUBLISHED_WINDOW, self.kept, strict=True)) / sum(PUBLISHED_WINDOW)
             if self.keep_ratio is None:
                 object.__setattr__(self, "keep_ratio", nominal)
@@ -70,12 +70,6 @@ class SceneConfig(CompressorConfig):
         """The shares of the audio and of the video tokens that the rates keep, in the papers' mix."""
         rho_a, rho_v = self.usual_rates if self.rho_a is None or self.rho_v is None else (self.rho_a, self.rho_v)
         return 1 - rho_a, 1 - rho_v
-
-
-def check_share(option: str, value: object) -> None:
-    """Raises ValueError unless `value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{option} must be in [0, 1], got {value!r}")
 
 
 def read_scene(stream: TokenStream, context: Context, method: str) -> Scene:

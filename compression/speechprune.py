@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import positions, segment_mean, segment_reduce, top_k
-from .base import TOKENS_PER_SECOND, Compressor, CompressorConfig, Context, Sizes, check_finite
+from .base import TOKENS_PER_SECOND, Compressor, CompressorConfig, Context, Sizes, check_finite, check_number
 from .budget import token_budget
 from .registry import register
-from .scenes import check_share
 from .stream import TokenStream
 
 # The paper's main table: of clips of 87.89 s on average phase 1 keeps 750 tokens, and phase 2 four fifths of those.
@@ -40,7 +39,7 @@ class SpeechPruneConfig(CompressorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("phase1_share", self.phase1_share)
+        check_number("phase1_share", self.phase1_share, "[0, 1]")
 
 
 @register("speechprune")

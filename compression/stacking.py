@@ -11,7 +11,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..kernels import segment_centres, segment_mean, unfold
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag
 from .budget import window_budget
 from .frames import FrameCompressor, FrameConfig, fixed_windows
 from .registry import register
@@ -46,6 +46,7 @@ class StackingConfig(FrameConfig):
         super().__post_init__()
         check_choice("combine", self.combine, ("stack", "mean"))
         check_count("mlp_size", self.mlp_size)
+        check_flag("norm", self.norm)
         check_choice("tail", self.tail, ("keep", "drop"))
 
 

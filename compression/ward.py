@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import segment_centres, segment_mean, ward_exact, ward_greedy
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count
+from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag
 from .budget import token_budget
 from .encoder import EncoderMethod, LayerState, check_layers, resolve_layers
 from .reading import read_attention
@@ -54,8 +54,8 @@ class WardConfig(CompressorConfig):
         check_choice("segmentation", self.segmentation, ("greedy", "exact"))
         check_choice("budget", self.budget, ("clip", "batch"))
         check_choice("weights", self.weights, ("none", "attention"))
-        check_choice("norm_preserving", self.norm_preserving, (True, False))
-        check_choice("proportional_attention", self.proportional_attention, (True, False))
+        check_flag("norm_preserving", self.norm_preserving)
+        check_flag("proportional_attention", self.proportional_attention)
         check_count("max_segment", self.max_segment)
         check_choice("stage", self.stage, ("connector", "encoder"))
         object.__setattr__(self, "layers", check_layers(self.layers))

@@ -293,10 +293,19 @@ def test_keep_ratio_must_be_a_ratio(name, keep_ratio):
         make(name, keep_ratio=keep_ratio)
 
 
+@pytest.mark.parametrize("name", sorted(available()))
+@pytest.mark.parametrize("value", ["loud", -2, math.nan, math.inf, [], {}], ids=repr)
+def test_every_option_says_what_it_cannot_be(name, value):
+    for option in available()[name].options:
+        if (option, value) != ("strides", []):  # no strides: nothing is shortened
+            with pytest.raises(ValueError, match=option if option in ("keep_ratio", "k") else f"{option} "):
+                make(name, **{option: value})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("staking", {}, "unknown method 'staking'; there are conv, none, .*; did you mean 'stacking'"),
+        ("staking", {}, "unknown method 'staking'; there are affinity, .*, ward; did you mean 'stacking'"),
         ("Stacking", {}, "unknown method 'Stacking'"),
         ("conv:ossum", {}, "unknown preset of conv 'ossum'; there are lucy, osum, speechverse; did you mean 'osum'"),
         ("conv:", {}, "unknown preset of conv ''"),

@@ -328,8 +328,8 @@ def test_sync_rope_gives_time_the_slowest_channels():
         ({"llm": dataclasses.replace(LLM, kv_heads=2)}, "kv_heads must divide heads"),
         ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
         ({"selection": "pool"}, "selection must be one of 'single-pool', 'per-window', got 'pool'"),
-        ({"window_seconds": 0}, "window_seconds must be a number above 0, got 0"),
-        ({"temperature": math.inf}, "temperature must be a number above 0, got inf"),
+        ({"window_seconds": 0}, r"window_seconds must be in \(0, inf\), got 0"),
+        ({"temperature": math.inf}, r"temperature must be in \(0, inf\), got inf"),
         ({"audio_weight": 2.0}, "audio_weight needs selection='per-window', got 2.0"),
     ],
 )

@@ -213,7 +213,7 @@ def test_bad_attention():
         ({"contextual_ratio": -0.1}, r"contextual_ratio must be in \[0, 1\]"),
         ({"neighbours": -1}, "neighbours must be a whole number >= 0"),
         ({"k": 0}, "k must be a whole number >= 1"),
-        ({"window_seconds": 0}, "window_seconds must be positive"),
+        ({"window_seconds": 0}, r"window_seconds must be in \(0, inf\), got 0"),
     ],
 )
 def test_bad_options(options, message):
