@@ -16,6 +16,8 @@ from . import parts
 from .layout import audio_lengths
 from .tower import encoder_layers, finish, front, pack, run_layers
 
+LAST_LAYER = frozenset({"encoder_keys", "encoder_attention"})  # what only the steps of the last layer give
+
 
 def _features(output: Any) -> Tensor:
     """Gives one packed tensor of whatever form this release of transformers returns features in."""
@@ -58,13 +60,14 @@ def encode_audio(
     tower = parts.audio_tower(thinker)
     frames = tuple(((mel_frames - 1) // 2 + 1).tolist())
     dtype, device = tower.conv1.weight.dtype, tower.conv1.weight.device
-    start = first_step(tower, needs, method)
+    capture = needs & LAST_LAYER
+    whole = not capture and (method is None or not encoder_layers(method, tower))
     captured: list[Any] = []
     context = Context()
     # A projection that is trained is float32; beside a bfloat16 tower it takes part by autocast.
     with torch.autocast(device.type, dtype, enabled=tower.proj.weight.dtype != dtype):
-        if audio_hidden is None and start == len(tower.layers):
-            with _layer_input(tower, start, "encoder_hidden" in needs) as captured:
+        if audio_hidden is None and whole:
+            with _layer_input(tower, len(tower.layers), "encoder_hidden" in needs) as captured:
                 features = _features(
                     thinker.get_audio_features(
                         input_features.to(dtype), feature_attention_mask=feature_attention_mask, return_dict=True
@@ -73,11 +76,10 @@ def encode_audio(
             audio = TokenStream(features, tuple(lengths))
             hidden = captured[0] if captured else None
         else:
+            start = first_step(tower, needs, method)
             if audio_hidden is None:
-                audio_hidden = front(tower, input_features.to(dtype), mel_frames.tolist())
-                start = 0
+                audio_hidden, start = front(tower, input_features.to(dtype), mel_frames.tolist()), 0
             states = pack(audio_hidden.to(dtype), frames, lengths, tower.n_window)
-            capture = needs & {"encoder_keys", "encoder_attention"}
             states, kept = run_layers(tower, states, start, len(tower.layers), method, capture)
             hidden = states.blocks.embeds
             audio = finish(states, method)
@@ -93,11 +95,14 @@ def encode_audio(
 
 
 def first_step(tower: nn.Module, needs: frozenset[str], method: EncoderMethod | None) -> int:
-    """Gives the first layer that must be run step by step; as many as there are where none must."""
+    """Gives the first layer that `audio_hidden` leaves to run; as many as there are where it leaves none.
+
+    It is the same at every keep ratio of a method, 1 included: the states serve training that draws or shrinks it.
+    """
     depth = len(tower.layers)
     if method is not None:
-        return min(encoder_layers(method, tower), default=depth)
-    return depth - 1 if needs & {"encoder_keys", "encoder_attention"} else depth
+        return method.encoder_layers(depth)[0]
+    return depth - 1 if needs & LAST_LAYER else depth
 
 
 @torch.no_grad()
@@ -111,7 +116,7 @@ def hidden_audio(
     """Gives each clip's states on their way through the tower, `[N, D_enc]` at 50 per second, to be used again.
 
     They are those after the last layer, or those that the first layer reads in which something is captured or a method
-    acts. Valid as long as nothing before that point is trained or changed.
+    acts. Valid as long as nothing before that point is trained or changed, whatever the method's keep ratio.
     """
     tower = parts.audio_tower(thinker)
     with _layer_input(tower, first_step(tower, needs, method), True) as captured:

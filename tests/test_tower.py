@@ -160,6 +160,16 @@ def test_states_cached_before_a_method_are_those_it_reads(thinker):
     assert torch.equal(cached.slots, direct.slots)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("cached", "drawn"), [(0.5, 1.0), (1.0, 0.5), (0.5, 0.7)])
+def test_cached_states_serve_every_keep_ratio(thinker, cached, drawn):
+    states = torch.cat(hidden_audio(thinker, *features(), method=method(cached)))
+    direct = encode_audio(thinker, *features(), method=method(drawn))[0]
+    again = encode_audio(thinker, *features(), method=method(drawn), audio_hidden=states)[0]
+    torch.testing.assert_close(again.embeds, direct.embeds, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again.slots, direct.slots)
+
+
 def test_layers():
     assert resolve_layers(6, 18) == (2, 5, 8, 11, 14, 17)  # as A-ToMe's paper has them
     assert resolve_layers(6, 32) == (4, 9, 15, 20, 25, 31)
