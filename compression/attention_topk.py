@@ -9,17 +9,13 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..kernels import evenly, segment_mean, segment_reduce, top_k
+from ..kernels import evenly, most_alike, segment_mean, segment_reduce, top_k
 from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_number
 from .encoder import EncoderMethod, LayerState, check_layers, resolve_layers
 from .reading import read_attention, read_keys
 from .registry import register
 from .stream import TokenStream
-
-_TIE = 1e-6  # cosines that float32 does not tell apart
-_ENTRIES = 2**24  # of a block of the cosine matrix, 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ class AttentionTopK(EncoderMethod):
         counts = [n - k for n, k in zip(stream.lengths, dominant, strict=True)]
         targets = rest[evenly(counts, contextual).to(rest.device)]
         owners = torch.arange(len(left), device=left.device)  # into which token each goes
-        owners[rest] = _most_alike(keys, rest.split(counts), targets.split(contextual))
+        owners[rest] = most_alike(keys, rest.split(counts), targets.split(contextual))
         owners[targets] = targets
         return _merge(stream, owners, torch.cat([kept, targets]).sort().values, budget)
 
@@ -151,28 +147,6 @@ class AttentionTopK(EncoderMethod):
 def _parts(total: int, parts: int) -> list[int]:
     """Cuts a whole number into parts that differ by 1 at most, the larger ones first."""
     return [total // parts + (i < total % parts) for i in range(parts)]
-
-
-@torch.no_grad()
-def _most_alike(keys: Tensor, tokens: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Gives for each token the target of its clip whose key has the highest cosine with its own, the earliest of equal.
-
-    Args:
-        keys: `[N, E]`.
-        tokens: indices per clip, `[R]` in all.
-        targets: indices per clip.
-
-    Returns:
-        `[R]` int64.
-    """
-    unit = functional.normalize(keys, dim=1)
-    chosen = [torch.cat(list(tokens))[:0] if tokens else unit.new_empty(0, dtype=torch.long)]
-    with torch.autocast(keys.device.type, enabled=False):
-        for mine, theirs in zip(tokens, targets, strict=True):
-            for some in mine.split(max(1, _ENTRIES // max(1, len(theirs)))) if len(mine) else ():
-                cosine = unit[some] @ unit[theirs].T
-                chosen.append(theirs[(cosine >= cosine.amax(1, keepdim=True) - _TIE).byte().argmax(1)])
-    return torch.cat(chosen)
 
 
 def _merge(stream: TokenStream, owners: Tensor, kept: Tensor, budget: Sequence[int]) -> TokenStream:

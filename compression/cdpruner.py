@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..kernels import clip_ids, greedy_map, segment_mean, segment_reduce
+from ..kernels import clip_ids, greedy_map, segment_reduce
 from .base import Compressor, CompressorConfig, Context, Sizes, check_choice
-from .reading import read_attention, read_question
+from .reading import question_cosine, read_attention, read_question
 from .registry import register
 from .stream import TokenStream
 
@@ -100,13 +99,7 @@ def relevance(stream: TokenStream, question: TokenStream) -> Tensor:
     Returns:
         `[N]` float32; 1 everywhere in a clip whose tokens are all alike.
     """
-    asked = torch.tensor(question.lengths, dtype=torch.long, device=stream.embeds.device)
-    words = functional.normalize(question.embeds.float(), dim=1)
-    mean = words.new_zeros(len(asked), words.shape[1])  # [C, D]; the mean of cosines is the product with the mean
-    mean[asked > 0] = segment_mean(words, torch.ones_like(words[:, 0]), asked[asked > 0])
-    # not a matrix product, which autocast would take in bf16, and where copies of a token differ by rounding
-    cosine = (functional.normalize(stream.embeds.float(), dim=1) * mean[stream.clips]).sum(dim=1)
-
+    cosine = question_cosine(stream, question)
     lengths = [n for n in stream.lengths if n]
     clips, counts = clip_ids(lengths, cosine.device), torch.tensor(lengths, dtype=torch.long, device=cosine.device)
     least, most = (segment_reduce(cosine, reduce, counts)[clips] for reduce in ("min", "max"))

@@ -93,7 +93,8 @@ class OmniSIFT(Compressor):
         self.project_video = nn.Sequential(nn.Linear(sizes.hidden_size, width), nn.LayerNorm(width))
         self.attention = nn.MultiheadAttention(width, self.config.heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Sequential(nn.Linear(width, width // 2), nn.SiLU(), nn.Linear(width // 2, 1))
+        self.head = nn.Sequential(nn.Linear(width, width // 2), nn.SiLU())
+        self.logit = nn.Linear(width // 2, 1)
 
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Selects video, then audio."""
@@ -136,7 +137,9 @@ class OmniSIFT(Compressor):
             key, real = pad_clips(keys[answering], answers[meet].tolist())
             found, _ = self.attention(query, key, key, key_padding_mask=~real, need_weights=False)
             attended[asking] = found[asked].to(attended.dtype)
-        return self.head(self.norm(queries + attended)).squeeze(1).float()
+        found = self.head(self.norm(queries + attended)).float()
+        # not a matrix product, which autocast would take in bf16, where many scores are equal
+        return (found * self.logit.weight.float()).sum(dim=1) + self.logit.bias.float()
 
 
 @torch.no_grad()

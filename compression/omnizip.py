@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import evenly, pad_clips, segment_reduce, segment_softmax, top_k
+from ..kernels import evenly, most_alike, pad_clips, segment_reduce, segment_softmax, top_k
 from .base import Compressor, CompressorConfig, Context, Scene, check_count, check_number
 from .budget import largest_remainder
 from .reading import read_attention
@@ -149,7 +149,7 @@ class OmniZip(Compressor):
         groups = Groups.of(nearest)
         counts = groups.counts.clamp(max=self.config.neighbours)
         chosen = groups.order[top_k(relation[groups.order], groups.counts.tolist(), counts.tolist())]
-        anchor, members = anchor[nearest[groups.firsts]], pool[chosen]
+        anchor, members = nearest[groups.firsts], pool[chosen]
         weights = segment_softmax(relation[chosen], counts)
         average = segment_reduce(weights[:, None] * stream.embeds[members].float(), "sum", counts)
         merged = ((stream.embeds[anchor].float() + average) / 2).to(stream.embeds.dtype)
@@ -193,25 +193,23 @@ def without(rows: Tensor, taken: Tensor) -> Tensor:
 def relate(stream: TokenStream, anchor: Tensor, pool: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
     """Gives for every token of the pool the most similar anchor of its clip, and its relation to the video.
 
-    An anchor is given as an index into `anchor`. The relation is the greatest cosine to a video token of the clip;
-    without video, the cosine to the anchor.
+    The relation is the greatest cosine to a video token of the clip; without video, the cosine to the anchor.
 
     Returns:
-        `[P]` int64 and `[P]` float32.
+        `[P]` int64, where in the stream that anchor is, and `[P]` float32.
     """
-    clips, count = stream.clips, len(stream.lengths)
-    parts = [rows.split(per_group(clips[rows], count).tolist()) for rows in (anchor, pool, video)]
-    nearest, relation, start = [], [], 0
+    anchors, tokens, frames = (
+        rows.split(per_group(stream.clips[rows], len(stream.lengths)).tolist()) for rows in (anchor, pool, video)
+    )
+    nearest = most_alike(stream.embeds, tokens, anchors)
+    relation = (unit(stream.embeds[pool]) * unit(stream.embeds[nearest])).sum(dim=1)
     with torch.autocast(stream.embeds.device.type, enabled=False):
         # clip by clip, because the table of all pairs of a batch would be as large as all clips together
-        for anchors, tokens, frames in zip(*parts, strict=True):
-            if len(tokens):
-                token = unit(stream.embeds[tokens])
-                likeness, index = (token @ unit(stream.embeds[anchors]).T).max(dim=1)
-                nearest.append(index + start)
-                relation.append((token @ unit(stream.embeds[frames]).T).amax(dim=1) if len(frames) else likeness)
-            start += len(anchors)
-    return torch.cat(nearest), torch.cat(relation)
+        seen = [
+            (unit(stream.embeds[mine]) @ unit(stream.embeds[theirs]).T).amax(dim=1) if len(theirs) else own
+            for mine, theirs, own in zip(tokens, frames, relation.split([len(mine) for mine in tokens]), strict=True)
+        ]
+    return nearest, torch.cat(seen)
 
 
 def prune_rates(

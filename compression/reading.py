@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
+from ..kernels import segment_mean
 from .base import Context, check_finite
 from .stream import TokenStream
 
@@ -44,6 +47,22 @@ def read_question(stream: TokenStream, context: Context, method: str) -> TokenSt
             raise ValueError(f"{method}: clip {clip} of {clips} has {tokens} tokens but an empty question")
     check_finite(question, method, "question")
     return question
+
+
+@torch.no_grad()
+def question_cosine(stream: TokenStream, question: TokenStream) -> Tensor:
+    """Gives each token's mean cosine with the words of its clip's question, `[N]` float32.
+
+    Args:
+        stream: the clips' tokens, `[N, D]`.
+        question: at least one word for each clip that has tokens, `[Q, D]`.
+    """
+    asked = torch.tensor(question.lengths, dtype=torch.long, device=stream.embeds.device)
+    words = functional.normalize(question.embeds.float(), dim=1)
+    mean = words.new_zeros(len(asked), words.shape[1])  # [C, D]; the mean of cosines is the product with the mean
+    mean[asked > 0] = segment_mean(words, torch.ones_like(words[:, 0]), asked[asked > 0])
+    # not a matrix product, which autocast would take in bf16, and where copies of a token differ by rounding
+    return (functional.normalize(stream.embeds.float(), dim=1) * mean[stream.clips]).sum(dim=1)
 
 
 def read_keys(stream: TokenStream, context: Context, method: str, heads: int = 1) -> Tensor:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import greedy_map, positions, segment_centres, segment_mean, top_k
+from ..kernels import TIE, greedy_map, positions, segment_centres, segment_mean, top_k
 from .base import Compressor, CompressorConfig, Context, check_count, check_number
 from .reading import read_attention
 from .registry import register
 from .stream import TokenStream
 
 LEAST_ATTENTION = 1e-6  # of an even share: a group that nothing attends to is its plain mean; a guess
-_TIE = 1e-6  # cosines that float32 does not tell apart
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def group(
     count, clips = len(stream.slots), stream.clips
     here = torch.arange(count, device=clips.device)
     means = mean_cosines(stream.embeds, stream.lengths, max_group)
-    joins = functional.pad(means, (0, 0, 0, max_group), value=-torch.inf) >= threshold - _TIE
+    joins = functional.pad(means, (0, 0, 0, max_group), value=-torch.inf) >= threshold - TIE
     after = torch.arange(max_group - 1, device=clips.device)
     following = joins[here[:, None] + 1 + after, after]  # [N, max_group - 1]: if each later token would join
     ends = here + 1 + following.cumprod(dim=1).sum(dim=1)
@@ -110,7 +109,7 @@ def group(
     groups = tuple(max(a, b) for a, b in zip(found, least, strict=True))
     before = here - here.where(starts, 0).cummax(0).values  # how many tokens of its group come before each token
     closeness = functional.pad(means, (1, 0))[here, before]
-    opening = top_k((-closeness / _TIE).round().masked_fill(starts, torch.inf), stream.lengths, groups)
+    opening = top_k((-closeness / TIE).round().masked_fill(starts, torch.inf), stream.lengths, groups)
     return functional.pad(opening, (0, 1), value=count).diff(), groups
 
 

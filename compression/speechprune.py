@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ..kernels import positions, segment_mean, segment_reduce, top_k
-from .base import TOKENS_PER_SECOND, Compressor, CompressorConfig, Context, Sizes, check_finite, check_number
+from ..kernels import positions, segment_reduce, top_k
+from .base import TOKENS_PER_SECOND, Compressor, CompressorConfig, Context, Sizes, check_number
 from .budget import token_budget
+from .reading import question_cosine, read_question
 from .registry import register
 from .stream import TokenStream
 
@@ -92,33 +92,13 @@ class SpeechPrune(Compressor):
         """Prunes twice, or once."""
         budget, share = self.budget(stream.lengths), self.config.phase1_share
         if share > 0:
-            scores = relevance(stream, self.read_question(stream, context))
+            scores = relevance(stream, read_question(stream, context, self.name))
             survivors = token_budget(stream.lengths, self.config.keep_ratio**share)
             stream = stream.select(top_k(scores, stream.lengths, survivors), survivors)
         if stream.lengths != budget:
             scores = attention_received(stream, self.read_first_layer(context))
             stream = stream.select(top_k(scores, stream.lengths, budget), budget)
         return stream
-
-    def read_question(self, stream: TokenStream, context: Context) -> TokenStream:
-        """Gives the question's tokens.
-
-        Raises:
-            ValueError: they are not of the stream's clips, not of its width or not finite, or a clip with tokens has
-                no question.
-        """
-        question: TokenStream = context.require("question", self.name)
-        clips, width = len(question.lengths), question.embeds.shape[1]
-        if clips != len(stream.lengths) or width != self.hidden_size:
-            raise ValueError(
-                f"{self.name}: question must be of the stream's {len(stream.lengths)} clips and of width "
-                f"{self.hidden_size}, got {clips} clips of width {width}"
-            )
-        for clip, (words, tokens) in enumerate(zip(question.lengths, stream.lengths, strict=True)):
-            if tokens and not words:
-                raise ValueError(f"{self.name}: clip {clip} of {clips} has {tokens} tokens but an empty question")
-        check_finite(question, self.name, "question")
-        return question
 
     def read_first_layer(self, context: Context) -> nn.Module:
         """Gives the attention of the LLM's first layer; raises ValueError if it is not of the stream's width."""
@@ -141,13 +121,7 @@ def relevance(stream: TokenStream, question: TokenStream) -> Tensor:
         stream: the clips' tokens, `[N, D]`.
         question: at least one token for each clip that has any, `[Q, D]`.
     """
-    unit = functional.normalize(question.embeds.float(), dim=1)
-    asked = torch.tensor(question.lengths, dtype=torch.long, device=unit.device)
-    mean = unit.new_zeros(len(asked), unit.shape[1])  # [C, D]: the mean of cosines is the cosine with the mean
-    mean[asked > 0] = segment_mean(unit, torch.ones_like(unit[:, 0]), asked[asked > 0])
-    # not a matrix product, which autocast would take in bf16
-    cosine = (functional.normalize(stream.embeds.float(), dim=1) * mean[stream.clips]).sum(dim=1)
-
+    cosine = question_cosine(stream, question)
     key = stream.clips * 2**32 + stream.slots // TOKENS_PER_SECOND
     _, second, counts = key.unique_consecutive(return_inverse=True, return_counts=True)
     best_first = cosine.argsort(descending=True, stable=True)

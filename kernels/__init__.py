@@ -5,10 +5,11 @@ from .greedy import farthest_first, greedy_map
 from .merge import merge_chains, merge_pairs, nest_runs, run_lengths
 from .packed import clip_ids, offsets, positions, unfold
 from .segment import segment_centres, segment_mean, segment_reduce, segment_softmax
-from .select import adjacent_cosine, evenly, pad_clips, top_k
+from .select import TIE, adjacent_cosine, evenly, most_alike, pad_clips, top_k
 from .ward import ward_exact, ward_greedy
 
 __all__ = [
+    "TIE",
     "adjacent_cosine",
     "attention_received",
     "block_attention",
@@ -18,6 +19,7 @@ __all__ = [
     "greedy_map",
     "merge_chains",
     "merge_pairs",
+    "most_alike",
     "nest_runs",
     "offsets",
     "pad_clips",

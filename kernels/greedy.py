@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .select import top_k
+from .select import TIE, top_k
 
 BLOCK = 64  # candidates at once; measured: 7,500 tokens of width 3584, 1,875 chosen in 42 to 113 blocks
-TIE = 1e-6  # cosines, and squared norms of what is left of unit vectors, that float32 does not tell apart
 GONE = 1e-5  # a squared norm from which on what is left is rounding: it adds up over the steps
 _ENTRIES = 2**24  # of a block of the cosine matrix, 64 MiB in float32
 

@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from .packed import clip_ids, offsets, positions
 
+TIE = 1e-6  # cosines, and squared norms of parts of unit vectors, that float32 does not tell apart
+_ENTRIES = 2**24  # of a block of the cosine matrix, 64 MiB in float32
+
 
 def top_k(scores: Tensor, lengths: Sequence[int], budget: Sequence[int]) -> Tensor:
     """Gives the `budget[c]` best tokens of each clip, `[M]` int64 ascending; of equal scores the earliest win.
@@ -54,6 +57,28 @@ def adjacent_cosine(embeds: Tensor, lengths: Sequence[int]) -> Tensor:
     clips = clip_ids(lengths, embeds.device)
     last = functional.pad(clips[1:] != clips[:-1], (0, min(1, len(embeds))), value=True)
     return cosine.masked_fill(last, -torch.inf)
+
+
+@torch.no_grad()
+def most_alike(embeds: Tensor, tokens: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Gives for each token the target of its clip that has the highest cosine with it, the earliest of equal ones.
+
+    Args:
+        embeds: `[N, D]`.
+        tokens: indices of each clip, `[R]` in all.
+        targets: indices of each clip, ascending; at least one where there are tokens.
+
+    Returns:
+        `[R]` int64.
+    """
+    unit = functional.normalize(embeds.float(), dim=1)
+    chosen = [torch.empty(0, dtype=torch.long, device=embeds.device)]
+    with torch.autocast(embeds.device.type, enabled=False):
+        for mine, theirs in zip(tokens, targets, strict=True):
+            for some in mine.split(max(1, _ENTRIES // max(1, len(theirs)))) if len(mine) else ():
+                cosine = unit[some] @ unit[theirs].T
+                chosen.append(theirs[(cosine >= cosine.amax(dim=1, keepdim=True) - TIE).byte().argmax(dim=1)])
+    return torch.cat(chosen)
 
 
 def pad_clips(packed: Tensor, lengths: Sequence[int], value: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def slow_omnisift(compressor, embeds, sample):
         if chunk is not None and chunk["kept"]:
             keys = compressor.project_video(embeds[sorted(chunk["kept"])])
             attended = compressor.attention(query, keys, keys)[0]
-        scores[i] = float(compressor.head(compressor.norm(query + attended)))
+        scores[i] = float(compressor.logit(compressor.head(compressor.norm(query + attended))))
     spans = dict(sorted(spans.items()))
     counts = [len(members) for members in spans.values()]
     for members, n in zip(spans.values(), slow_largest_remainder(counts, counts, of_audio), strict=True):
@@ -140,6 +140,16 @@ def test_gradients_reach_every_parameter_through_the_scores():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
     assert stream.embeds.grad.isfinite().all()
+
+
+def test_scores_are_float32_under_autocast():
+    compressor, (stream, context) = make(keep_ratio=0.4), inputs_of(film(8))
+    scores = []
+    compressor.score = lambda *args: scores.append(type(compressor).score(compressor, *args)) or scores[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        compressor(stream, context)
+    assert not torch.equal(scores[0], scores[0].bfloat16().float())
+    assert scores[0].unique().numel() == scores[0].numel()
 
 
 def test_training_keeps_what_inference_keeps():

@@ -9,7 +9,7 @@ import torch
 
 from audiopress import Context, TokenStream, build
 from audiopress.compression import token_budget
-from audiopress.kernels import farthest_first, greedy, greedy_map
+from audiopress.kernels import farthest_first, greedy, greedy_map, most_alike
 
 from .compression_cases import HIDDEN_SIZE, make_clip, make_inputs
 
@@ -301,6 +301,18 @@ def test_dominant_tokens_stay_as_they_are():
     alone = out.sizes == 1
     assert alone.sum() >= 25 - round(0.18 * 25)
     assert torch.equal(out.embeds[alone], stream.embeds[out.slots[alone]])
+
+
+def test_the_earliest_of_equal_targets_wins():
+    """The second target is nearer by less than float32 tells apart, the third by more."""
+    angles = torch.tensor([0.0, 0.3, 0.3 - 1e-7, 0.29, 0.0, 0.3], dtype=torch.double)
+    embeds = torch.stack([angles.cos(), angles.sin()], dim=1)
+    tokens, targets = [
+        [torch.tensor(rows, dtype=torch.long) for rows in x] for x in ([[0], [], [4]], [[1, 2], [], [5]])
+    ]
+    assert most_alike(embeds, tokens, targets).tolist() == [1, 5]
+    assert most_alike(embeds, [torch.tensor([0])], [torch.tensor([1, 2, 3])]).tolist() == [3]
+    assert most_alike(embeds.bfloat16(), [], []).tolist() == []
 
 
 # SA-MAP -----------------------------------------------------------------------------------------------------------
