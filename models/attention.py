@@ -9,7 +9,7 @@ with every implementation, flash attention included, and costs no map.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -105,11 +105,11 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Calls the attention function `base`, with the bias as further channels of queries and keys."""
-    attend = _function(base, module)
+    attend = partial(_call, base, module)
     size = query.shape[-1]
     scaling = size**-0.5 if scaling is None else scaling
     if key_bias is None:
-        return attend(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
+        return attend(query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
     bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0).float() / scaling
     bias = F.pad(bias, (0, key.shape[2] - bias.shape[1]))[:, None, :, None].expand(
         -1, key.shape[1], -1, 1
@@ -119,7 +119,6 @@ def _attend(
     spare = _CHANNELS - 2 + -size % _CHANNELS
     ones = query.new_ones(*query.shape[:-1], 2)
     output, weights = attend(
-        module,
         F.pad(torch.cat([query, ones], dim=-1), (0, spare)),
         F.pad(torch.cat([key, high, low], dim=-1), (0, spare)),
         F.pad(value, (0, spare + 2)),
@@ -131,8 +130,17 @@ def _attend(
     return output[..., :size], weights
 
 
-def _function(name: str, module: nn.Module) -> Callable[..., Any]:
-    """Gives transformers' attention function of this name; "eager" is each model's own."""
+def _call(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls transformers' attention function of this name; "eager" is each model's own."""
     if name == "eager":
-        return inspect.getmodule(type(module)).eager_attention_forward  # type: ignore[union-attr]
-    return ALL_ATTENTION_FUNCTIONS[name]
+        return inspect.getmodule(type(module)).eager_attention_forward(module, *args, **kwargs)  # type: ignore[union-attr]
+    attend = ALL_ATTENTION_FUNCTIONS[name]
+    if "flash" not in name:
+        return attend(module, *args, **kwargs)
+    config: Any = module.config
+    enabled = config._attn_implementation
+    config._attn_implementation = name  # flash attention looks its kernels up by it
+    try:
+        return attend(module, *args, **kwargs)
+    finally:
+        config._attn_implementation = enabled

@@ -5,10 +5,11 @@ import torch
 from tiny import EOS, make_thinker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import WhisperConfig, WhisperModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from audiopress.models import parts
-from audiopress.models.attention import biased, enable_key_bias, rope_sections, size_bias
+from audiopress.models.attention import PREFIX, biased, enable_key_bias, rope_sections, size_bias
 
 
 def language_model(implementation="sdpa"):
@@ -62,6 +63,26 @@ def test_equals_an_additive_mask(implementation):
     with biased([lm], sizes.log()):
         found = lm(inputs_embeds=embeds, position_ids=positions).last_hidden_state
     torch.testing.assert_close(found, with_mask(lm, embeds, positions, sizes.log()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("biases", [True, False])
+def test_flash_attention_finds_its_kernels(monkeypatch, name, biases):
+    _, lm = language_model(name)
+    seen = []
+
+    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+        seen.append((module.config._attn_implementation, query.shape[-1]))
+        return value.repeat_interleave(2, dim=1).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, attend)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, lambda *a, **k: None)
+    enable_key_bias(lm.config)
+    embeds, positions, sizes = inputs()
+    with biased([lm], sizes.log() if biases else None):
+        lm(inputs_embeds=embeds, position_ids=positions)
+    assert seen == [(name, 24 if biases else 16)] * 2, "it looks its kernels up by the config's name"
+    assert lm.config._attn_implementation == PREFIX + name
 
 
 def test_without_sizes_nothing_changes():
