@@ -65,7 +65,8 @@ def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale
         stop = start + sum(some)
         q, real = pad_clips(query[start:stop].float(), some)
         k, _ = pad_clips(key[start:stop].float(), some)
-        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+        with torch.autocast(q.device.type, enabled=False):  # methods decide by it
+            logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
         weights = logits.masked_fill(~real[:, None, None], -torch.inf).softmax(dim=-1)
         received.append((weights * real[:, None, :, None]).sum(dim=2).mean(dim=1)[real])
         start = stop

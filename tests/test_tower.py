@@ -106,6 +106,8 @@ def test_attention_received_in_parts_and_at_once(monkeypatch):
     monkeypatch.setattr("audiopress.kernels.attention._MAP_ENTRIES", 1)
     torch.testing.assert_close(attention_received(q, k, lengths, 0.5), whole)
     assert [float(x.mean()) for x in whole.split(lengths)] == pytest.approx([1, 1, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention_received(q, k, lengths, 0.5), whole)
 
 
 @torch.no_grad()
@@ -173,6 +175,9 @@ def test_cached_states_serve_every_keep_ratio(thinker, cached, drawn):
 def test_layers():
     assert resolve_layers(6, 18) == (2, 5, 8, 11, 14, 17)  # as A-ToMe's paper has them
     assert resolve_layers(6, 32) == (4, 9, 15, 20, 25, 31)
+    assert resolve_layers(3, 12, inside=True) == (3, 6, 9)  # as TopK-AST's paper has them
+    assert resolve_layers(3, 32, inside=True) == (8, 16, 24)
+    assert [resolve_layers(n, 4, inside=True) for n in (1, 2, 3, 4)] == [(2,), (1, 2), (1, 2, 3), (0, 1, 2, 3)]
     assert resolve_layers((0, 3), 4) == (0, 3)
     with pytest.raises(ValueError, match="layers must be below the tower's 4, got 4, 9"):
         resolve_layers((1, 4, 9), 4)
