@@ -26,17 +26,17 @@ class AttentionTopKConfig(CompressorConfig):
         keep_ratio: tokens out / tokens in, in (0, 1].
         segments: a clip is cut into so many equal stretches of time, and each keeps its own best; 1 compares all tokens
             of a clip.
-        contextual: the share of the budget, in [0, 1], that is not chosen by attention: evenly spaced tokens of the
-            rest, into which all others are merged. Above 0, at least one token of a clip is.
-        key_heads: for `contextual`: the mean of the keys is taken over so many heads (20 in Qwen2.5-Omni's tower);
-            1 compares all heads side by side.
+        contextual_ratio: the share of the budget that is not chosen by attention, in [0, 1]: evenly spaced tokens of
+            the rest, into which all others are merged. Above 0, at least one token of a clip is.
+        key_heads: with `contextual_ratio`, the mean of the keys is taken over so many heads (20 in Qwen2.5-Omni's
+            tower); 1 compares all heads side by side.
         stage: "connector" acts on the tower's output, "encoder" inside the tower.
-        layers: of the tower that prune, from 0; or how many, evenly spaced.
+        layers: of the tower that prune, from 0; or how many, evenly spaced: 3 of 12 are 3, 6, 9.
     """
 
     keep_ratio: float = 0.5
     segments: int = 1
-    contextual: float = 0.0
+    contextual_ratio: float = 0.0
     key_heads: int = 1
     stage: Literal["connector", "encoder"] = "connector"
     layers: int | tuple[int, ...] = 3
@@ -45,16 +45,16 @@ class AttentionTopKConfig(CompressorConfig):
         super().__post_init__()
         check_choice("stage", self.stage, ("connector", "encoder"))
         object.__setattr__(self, "layers", check_layers(self.layers))
-        if self.stage == "encoder" and (self.segments > 1 or self.contextual):
+        if self.stage == "encoder" and (self.segments > 1 or self.contextual_ratio):
             raise ValueError(
-                f"inside the tower every block keeps its own best: segments and contextual are for "
-                f"stage='connector', got {self.segments} and {self.contextual}"
+                f"inside the tower every block keeps its own best: segments and contextual_ratio are for "
+                f"stage='connector', got {self.segments} and {self.contextual_ratio}"
             )
         check_count("segments", self.segments)
         check_count("key_heads", self.key_heads)
-        check_number("contextual", self.contextual, "[0, 1]")
-        if self.key_heads > 1 and self.contextual == 0:
-            raise ValueError(f"key_heads needs contextual > 0, got {self.key_heads} with contextual=0")
+        check_number("contextual_ratio", self.contextual_ratio, "[0, 1]")
+        if self.key_heads > 1 and self.contextual_ratio == 0:
+            raise ValueError(f"key_heads needs contextual_ratio > 0, got {self.key_heads} with 0")
 
 
 @register("attention-topk")
@@ -83,9 +83,9 @@ class AttentionTopK(EncoderMethod):
           remainder of the clip does, too, so that no segment has fewer tokens than it is to keep.
         - A contextual token is the mean of all its tokens, and keeps its own slot; VisionZip's code adds the mean of
           the others to it, and puts contextual tokens behind the dominant ones.
-        - TopK-AST prunes in layers 3, 6 and 9 of 12, from 0, and leaves the tokens in the order of their scores. Here
-          three layers of any tower are evenly spaced, each block of 2 s keeps its own best, in time order, and the
-          whole meets `keep_ratio`. Its cosine schedule from 1 in training is `--shrink-steps` of train_compress.py.
+        - TopK-AST prunes in layers 3, 6 and 9 of 12, from 0: 8, 16 and 24 of the tower's 32. It leaves the tokens in
+          the order of their scores; here each block of 2 s keeps its own best, in time order, and the whole meets
+          `keep_ratio`. Its cosine schedule from 1 in training is `--shrink-steps` of train_compress.py.
     """
 
     config_class: ClassVar[type[CompressorConfig]] = AttentionTopKConfig
@@ -93,12 +93,12 @@ class AttentionTopK(EncoderMethod):
     presets: ClassVar = {
         "last-layer": {},
         "segmentwise": {"keep_ratio": 0.25, "segments": 10},
-        "visionzip-om": {"contextual": 0.18},
+        "visionzip-om": {"contextual_ratio": 0.18},
         "topk-ast": {"stage": "encoder", "keep_ratio": 0.343},
     }
     paper = "2504.01690, 2511.14293, 2412.04467, 2511.14582"
     summary = "tokens that the tower attends to most"
-    differs = "attention inside blocks of 2 s"
+    differs = "attention inside blocks of 2 s, whose scores are made comparable; time order; exact budget"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
@@ -107,12 +107,12 @@ class AttentionTopK(EncoderMethod):
     @property
     def needs(self) -> frozenset[str]:
         """The attention, and the keys where tokens merge."""
-        return frozenset({"encoder_attention"} | ({"encoder_keys"} if self.config.contextual else set()))
+        return frozenset({"encoder_attention"} | ({"encoder_keys"} if self.config.contextual_ratio else set()))
 
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Selects, and merges the rest if there are contextual tokens."""
         budget = self.budget(stream.lengths)
-        share = self.config.contextual
+        share = self.config.contextual_ratio
         contextual = [min(m, max(1, round(share * m))) if share else 0 for m in budget]
         dominant = [m - k for m, k in zip(budget, contextual, strict=True)]
         kept = self.best(read_attention(stream, context, self.name), stream.lengths, dominant)
@@ -131,7 +131,7 @@ class AttentionTopK(EncoderMethod):
 
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
         """Gives the layers that prune."""
-        return resolve_layers(self.config.layers, depth)
+        return resolve_layers(self.config.layers, depth, inside=True)
 
     def reduce(self, states: TokenStream, targets: Sequence[int], layer: LayerState) -> TokenStream:
         """Keeps the best states of every block."""

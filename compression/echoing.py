@@ -40,7 +40,7 @@ class EchoingConfig(CompressorConfig):
     Args:
         keep_ratio: tokens out / tokens in, over audio and video together.
         layers: of CS2. 4 in the released recipe, 1 in the released code's default.
-        selection: "single-pool" keeps the best of a whole sample; "per-window" gives every span of time its own
+        budget: "single-pool" keeps the best of a whole sample; "per-window" gives every span of time its own
             number of audio and of video tokens, in proportion to what it has, and keeps the best of each (ours).
         window_seconds: of a span, from the sample's first token on.
         audio_weight: per window, how many times as large a share of the audio is kept as of the video.
@@ -52,7 +52,7 @@ class EchoingConfig(CompressorConfig):
 
     keep_ratio: float = 0.2
     layers: int = 4
-    selection: Literal["single-pool", "per-window"] = "single-pool"
+    budget: Literal["single-pool", "per-window"] = "single-pool"
     window_seconds: float = 2.0
     audio_weight: float = 1.0
     temperature: float = 1.0
@@ -62,13 +62,13 @@ class EchoingConfig(CompressorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("layers", self.layers)
-        check_choice("selection", self.selection, ("single-pool", "per-window"))
+        check_choice("budget", self.budget, ("single-pool", "per-window"))
         for option in ("window_seconds", "audio_weight", "temperature"):
             check_number(option, getattr(self, option), "(0, inf)")
         check_flag("gumbel", self.gumbel)
         check_flag("sync_rope", self.sync_rope)
-        if self.selection == "single-pool" and self.audio_weight != 1:
-            raise ValueError(f"audio_weight needs selection='per-window', got {self.audio_weight} with a single pool")
+        if self.budget == "single-pool" and self.audio_weight != 1:
+            raise ValueError(f"audio_weight needs budget='per-window', got {self.audio_weight} with a single pool")
 
 
 @register("echoing")
@@ -89,12 +89,12 @@ class Echoing(Compressor):
         - The score has no bias, which would shift all scores of a sample alike and never learn.
         - Sync-RoPE is an option (the preset `sync-rope`); for other sizes of head its sections are scaled.
         - In a batch with samples that are text alone the released code contextualises those too; ours leaves them.
-        - `selection="per-window"` is ours: the softmax then runs over each span's audio and each span's video.
+        - `budget="per-window"` is ours: the softmax then runs over each span's audio and each span's video.
     """
 
     config_class: ClassVar[type[CompressorConfig]] = EchoingConfig
     config: EchoingConfig
-    presets: ClassVar = {"per-window": {"selection": "per-window"}, "sync-rope": {"sync_rope": True}}
+    presets: ClassVar = {"per-window": {"budget": "per-window"}, "sync-rope": {"sync_rope": True}}
     stage = "joint"
     trained = True
     query_aware = True
@@ -196,7 +196,7 @@ class Echoing(Compressor):
     def pools(self, stream: TokenStream, scene: Scene) -> tuple[Groups, tuple[int, ...]]:
         """Gives who competes with whom, and how many of each pool stay."""
         totals = self.budget(stream.lengths)
-        if self.config.selection == "single-pool":
+        if self.config.budget == "single-pool":
             return Groups.of(stream.clips), tuple(total for total in totals if total)
         audio, video = modalities(stream, scene)[1::2]
         split = split_budget(audio, video, totals, (self.config.audio_weight, 1))

@@ -59,12 +59,14 @@ class EncoderMethod(Compressor):
         raise NotImplementedError
 
 
-def resolve_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Gives layers of a tower from their numbers, or so many evenly spaced ones that the last third has one.
+def resolve_layers(layers: int | Sequence[int], depth: int, inside: bool = False) -> tuple[int, ...]:
+    """Gives layers of a tower from their numbers, or so many evenly spaced ones.
 
     Args:
-        layers: numbers from 0; or how many: 6 of 18 gives 2, 5, 8, 11, 14, 17, as A-ToMe's paper.
+        layers: numbers from 0; or how many.
         depth: of the tower.
+        inside: of how many, the last is not the tower's last: 3 of 12 are 3, 6, 9, as in TopK-AST. Otherwise it is:
+            6 of 18 are 2, 5, 8, 11, 14, 17, as in A-ToMe.
 
     Raises:
         ValueError: a number is outside the tower, or there are more than its layers.
@@ -72,6 +74,8 @@ def resolve_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
     if isinstance(layers, int):
         if not 1 <= layers <= depth:
             raise ValueError(f"layers must be from 1 to the tower's {depth}, got {layers}")
+        if inside:
+            return tuple((i + 1) * depth // (layers + 1) for i in range(layers))
         return tuple((i + 1) * depth // layers - 1 for i in range(layers))
     outside = [i for i in layers if i >= depth]
     if outside:

@@ -40,11 +40,11 @@ class OmniZipConfig(SceneConfig):
         rho_a: share of the audio tokens that are not salient.
         rho_v: share of the video tokens to drop.
         contextual_ratio: share of the audio tokens kept as anchors beside the salient ones.
-        neighbours: G, the tokens merged into each anchor.
+        neighbours: the tokens merged into each anchor, the paper's G.
         window_seconds: length of the windows in which audio says how much video to keep.
         rho_min: the least that is pruned of a window's video.
         rho_max: the most.
-        k: neighbours that count for the density of a video token.
+        density_neighbours: how many count for the density of a video token; the paper's k.
     """
 
     usual_rates: ClassVar = (0.3, 0.6)
@@ -54,7 +54,7 @@ class OmniZipConfig(SceneConfig):
     window_seconds: float = 2.0
     rho_min: float = 0.35
     rho_max: float = 0.75
-    k: int = 5
+    density_neighbours: int = 5
 
     def __post_init__(self) -> None:
         for name in ("contextual_ratio", "rho_min", "rho_max"):
@@ -62,7 +62,7 @@ class OmniZipConfig(SceneConfig):
         if self.rho_min > self.rho_max:
             raise ValueError(f"rho_min must be at most rho_max, got {self.rho_min} and {self.rho_max}")
         check_count("neighbours", self.neighbours, least=0)
-        check_count("k", self.k)
+        check_count("density_neighbours", self.density_neighbours)
         check_number("window_seconds", self.window_seconds, "(0, inf)")
         super().__post_init__()
 
@@ -180,7 +180,7 @@ class OmniZip(Compressor):
         scores, first = frames.change(stream.embeds, scene), frames.ranks % 2 == 0
         rows = first[frames.ids].nonzero().squeeze(1)
         points, real = pad_clips(unit(stream.embeds[frames.tokens[rows]]), frames.counts[first].tolist())
-        scores[rows] = density_peaks(points, real, config.k)[real]
+        scores[rows] = density_peaks(points, real, config.density_neighbours)[real]
         return frames.tokens[top_k(scores, frames.counts.tolist(), dealt)]
 
 

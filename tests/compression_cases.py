@@ -143,11 +143,15 @@ ALL_CASES = [
     Case("attention-topk:topk-ast", {"layers": 2}, ATTENTION, covers=False),
     Case("attention-topk:topk-ast", {"layers": [1], "keep_ratio": 0.6}, ATTENTION, covers=False),
     Case("attention-topk", {"keep_ratio": 0.6}, ATTENTION, covers=False),
-    Case("attention-topk", {"keep_ratio": 0.1, "segments": 3, "contextual": 0.5}, ATTENTION | KEYS, compares=True),
+    Case(
+        "attention-topk", {"keep_ratio": 0.1, "segments": 3, "contextual_ratio": 0.5}, ATTENTION | KEYS, compares=True
+    ),
     Case("attention-topk:last-layer", {}, ATTENTION, covers=False),
     Case("attention-topk:segmentwise", {}, ATTENTION, covers=False),
     Case("attention-topk:visionzip-om", {}, ATTENTION | KEYS, compares=True),
-    Case("attention-topk", {"keep_ratio": 0.2, "contextual": 0.3, "key_heads": 2}, ATTENTION | KEYS, compares=True),
+    Case(
+        "attention-topk", {"keep_ratio": 0.2, "contextual_ratio": 0.3, "key_heads": 2}, ATTENTION | KEYS, compares=True
+    ),
     Case("divprune", {"keep_ratio": 0.6}, covers=False, compares=True),
     Case("divprune", {"keep_ratio": 0.1}, covers=False, compares=True),
     Case("cdpruner", {"keep_ratio": 0.6}, ASKED, covers=False, compares=True),

@@ -327,10 +327,10 @@ def test_sync_rope_gives_time_the_slowest_channels():
         ({"llm": dataclasses.replace(LLM, rope_sections=(1, 1, 1))}, "must sum to half of head_size"),
         ({"llm": dataclasses.replace(LLM, kv_heads=2)}, "kv_heads must divide heads"),
         ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
-        ({"selection": "pool"}, "selection must be one of 'single-pool', 'per-window', got 'pool'"),
+        ({"budget": "pool"}, "budget must be one of 'single-pool', 'per-window', got 'pool'"),
         ({"window_seconds": 0}, r"window_seconds must be in \(0, inf\), got 0"),
         ({"temperature": math.inf}, r"temperature must be in \(0, inf\), got inf"),
-        ({"audio_weight": 2.0}, "audio_weight needs selection='per-window', got 2.0"),
+        ({"audio_weight": 2.0}, "audio_weight needs budget='per-window', got 2.0"),
     ],
 )
 def test_bad_options(options, message):

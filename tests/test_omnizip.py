@@ -98,7 +98,7 @@ def slow_omnizip(config, embeds, attention, sample):
         ):
             rank = sum(other[0] == name[0] for other in names[:number])
             if rank % 2 == 0:
-                scores = slow_density_peaks([embeds[i] for i in frame], config.k)
+                scores = slow_density_peaks([embeds[i] for i in frame], config.density_neighbours)
             else:
                 places = {sample[i][3:]: i for i in frames[number - 1]}
                 scores = [-cosine(embeds[i], embeds[places[sample[i][3:]]]) for i in frame]
@@ -113,7 +113,7 @@ def slow_omnizip(config, embeds, attention, sample):
     ("preset", "options"),
     [
         ("omnizip:45", {}),
-        ("omnizip:35", {"window_seconds": 1.0, "k": 2, "neighbours": 5, "contextual_ratio": 0.1}),
+        ("omnizip:35", {"window_seconds": 1.0, "density_neighbours": 2, "neighbours": 5, "contextual_ratio": 0.1}),
         ("omnizip", {"keep_ratio": 0.1}),
         ("omnizip", {"keep_ratio": 0.8}),
     ],
@@ -212,7 +212,7 @@ def test_bad_attention():
         ({"rho_min": 0.8}, "rho_min must be at most rho_max, got 0.8 and 0.75"),
         ({"contextual_ratio": -0.1}, r"contextual_ratio must be in \[0, 1\]"),
         ({"neighbours": -1}, "neighbours must be a whole number >= 0"),
-        ({"k": 0}, "k must be a whole number >= 1"),
+        ({"density_neighbours": 0}, "density_neighbours must be a whole number >= 1"),
         ({"window_seconds": 0}, r"window_seconds must be in \(0, inf\), got 0"),
     ],
 )

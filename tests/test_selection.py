@@ -273,7 +273,7 @@ def test_every_segment_can_keep_its_quota(n, segments):
 @pytest.mark.parametrize("heads", [1, 2])
 def test_contextual_tokens_by_loops(keep_ratio, contextual, heads):
     stream, context = make_inputs(LENGTHS)
-    method = make("attention-topk", keep_ratio=keep_ratio, contextual=contextual, key_heads=heads)
+    method = make("attention-topk", keep_ratio=keep_ratio, contextual_ratio=contextual, key_heads=heads)
     out = method(stream, context)
     parts = stream.split(), context.encoder_attention.split(LENGTHS), context.encoder_keys.split()
     for got, clip, attention, states in zip(out.split(), *parts, strict=True):
@@ -452,10 +452,10 @@ def test_keys_that_do_not_fit():
         ("attention-topk", {"segments": 0}, "segments must be a whole number >= 1, got 0"),
         (
             "attention-topk",
-            {"contextual": 1.5},
-            r"contextual must be in \[0, 1\], got 1.5",
+            {"contextual_ratio": 1.5},
+            r"contextual_ratio must be in \[0, 1\], got 1.5",
         ),
-        ("attention-topk", {"key_heads": 2}, "key_heads needs contextual > 0"),
+        ("attention-topk", {"key_heads": 2}, "key_heads needs contextual_ratio > 0"),
         ("cdpruner", {"quality": "loudness"}, "quality must be one of 'question', 'attention', 'none', got 'loudness'"),
         ("dart", {"pivots": 0}, "pivots must be a whole number >= 1, got 0"),
         ("dart", {"question_pivots": -1}, "question_pivots must be a whole number >= 0, got -1"),
