@@ -49,7 +49,7 @@ from audiopress.data.speech import LANGUAGES, folder_records, speech_records
 from audiopress.models import CompressedOmni, storage
 from audiopress.models.encoders import hidden_audio
 from audiopress.models.loading import build_for, is_omni_small
-from audiopress.models.omni import TRAINABLE, check_video_compressor, tokens_left
+from audiopress.models.omni import TRAINABLE, check_video_compressor, shrunk, tokens_left
 from audiopress.models.packages import FetchError
 from audiopress.models.training import (
     CompressTrainer,
@@ -280,14 +280,30 @@ def method_options(args: ModelArguments, shrink_steps: int) -> tuple[dict[str, A
         made = audiopress.build(args.compressor, hidden_size=64, encoder_size=64, llm=ANY_SHAPE, **options)
         if args.train == ["none"] and made.trained:
             raise ValueError(f"--train none is for training-free methods; {args.compressor} has weights to train")
-        for ratio in ratios[1:] + (1.0,) * (shrink_steps > 0):
+        for ratio in ratios[1:]:
             made.at(ratio)
+        if shrink_steps:
+            check_shrinking(made, ratios or (made.config.keep_ratio,), shrink_steps)
         if args.video_compressor is not None:
             video = audiopress.build(args.video_compressor, hidden_size=64, **video_options(args))
             check_video_compressor(video, made, 64)
     if args.video_compressor is None and args.video_keep_ratio is not None:
         raise ValueError("--video-keep-ratio needs a --video-compressor")
     return options, ratios
+
+
+def check_shrinking(made: Compressor, ratios: tuple[float, ...], steps: int) -> None:
+    """Raises ValueError unless a method can have all ratios from 1 down to `ratios`."""
+    if steps < 0:
+        raise ValueError(f"--shrink-steps must be >= 0, got {steps}")
+    if min(ratios) == 1:
+        raise ValueError(f"--shrink-steps needs a keep ratio below 1 to shrink to; that of {made.name} is 1")
+    try:
+        for ratio in ratios:
+            for shrinkage in (0, 1 / 3, 1 / 2):  # no method of whole windows has all three
+                made.at(shrunk(ratio, shrinkage))
+    except ValueError as error:
+        raise ValueError(f"--shrink-steps takes every ratio from 1 down, but {error}") from error
 
 
 def video_options(args: ModelArguments) -> dict[str, Any]:
@@ -328,9 +344,13 @@ def load_records(args: DataArguments, skips: SkipLog, seed: int) -> tuple[list[R
 
 
 def check_enough(train: list[Record], test: list[Record]) -> None:
-    """Raises ValueError unless there is something to learn from, and two records whose audio can be swapped."""
-    if not train or len(test) < 2:
-        raise ValueError(f"{len(train)} training and {len(test)} held-out records are too few; needed are 1 and 2")
+    """Raises ValueError unless there is something to learn from, and two held-out sounds that can be swapped."""
+    sounds = {record.audio for record in test} - {None}
+    if not train or len(sounds) < 2:
+        raise ValueError(
+            f"{len(train)} training records and {len(test)} held-out ones of {len(sounds)} sounds are too few; needed "
+            f"are 1 and 2 of different sounds"
+        )
 
 
 def say(step: int, what: str) -> None:
@@ -428,8 +448,8 @@ def main(argv: list[str]) -> None:
         video_compressor = build_for(model.thinker, model_args.video_compressor, **video_options(model_args))
     with torch.device("meta"):  # worker processes take the encoder along: it must hold no weights
         largest = build_for(model.thinker, model_args.compressor, **options)
-        if ratios:
-            largest = largest if len(ratios) == 1 else largest.at(max(ratios))
+        if args.shrink_steps or len(ratios) > 1:
+            largest = largest.at(1.0 if args.shrink_steps else max(ratios))
     encoder = Encoder(
         processor,
         num_frames=data_args.num_frames,

@@ -210,7 +210,7 @@ class CompressedOmni(nn.Module):
             return self.compressor
         ratios = self.keep_ratios or (self.compressor.config.keep_ratio,)
         keep_ratio = ratios[int(torch.randint(len(ratios), ())) if len(ratios) > 1 else 0]
-        return self.compressor.at(1 - self.shrinkage * (1 - keep_ratio))
+        return self.compressor.at(shrunk(keep_ratio, self.shrinkage))
 
     # The way of the data.
 
@@ -453,6 +453,11 @@ class CompressedOmni(nn.Module):
 
         storage.read_manifest(directory)  # `load` would take a directory without one for a base model
         return load(os.fspath(directory), **kwargs)[0]
+
+
+def shrunk(keep_ratio: float, shrinkage: float) -> float:
+    """Gives the ratio that is `shrinkage` of the way from 1 down to `keep_ratio`; all the way is that one exactly."""
+    return keep_ratio + (1 - shrinkage) * (1 - keep_ratio)
 
 
 def tokens_left(compressor: Compressor | None, video_compressor: Compressor | None, audio: int, video: int) -> int:

@@ -234,6 +234,15 @@ def test_training_draws_a_ratio_per_step(thinker):
         CompressedOmni(thinker).set_keep_ratios((0.5,))
 
 
+def test_a_ratio_that_shrinks(thinker):
+    """To that ratio exactly: 1 - (1 - 0.1) is less than 0.1, and rounds half a token the other way."""
+    model = CompressedOmni(thinker, build("uniform-stride", hidden_size=32, keep_ratio=0.1))
+    model.set_keep_ratios((0.1,))
+    for model.shrinkage, ratio in ((0.0, 1.0), (0.5, 0.55), (1.0, 0.1)):
+        assert model.eval().drawn_compressor() is model.compressor
+        assert model.train().drawn_compressor().config.keep_ratio == ratio
+
+
 @torch.no_grad()
 def test_a_chain_from_the_tower_on(thinker):
     inside = FirstOfBlock(CompressorConfig(0.5), Sizes(32, 24))

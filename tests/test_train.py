@@ -501,6 +501,10 @@ BAD_OPTIONS = {
     "--compressor stacking:slam": "unknown preset of stacking 'slam'; there are llama-avsr, llama-omni, slam-asr",
     "--keep-ratio 0": r"keep_ratio .*\(0, 1\], got 0",
     "--keep-ratio 0.5,0.25": "weights of its own for every keep_ratio",
+    "--compressor qformer --compressor-options heads=2 width=24 --keep-ratio 0.5 --shrink-steps 4": "--shrink-steps "
+    r"takes every ratio from 1 down, but qformer cannot go to keep_ratio 0.8.*nearest",
+    "--compressor atome --compressor-options threshold=0.9 --keep-ratio 1 --shrink-steps 4": "ratio below 1.* atome is 1",
+    "--compressor pooling --compressor-options kind=max --shrink-steps -1": "--shrink-steps must be >= 0, got -1",
     "--keep-ratio 0.5,x": "takes a number, or several as 0.5,0.25, got '0.5,x'",
     "--video-compressor stacking": "training-free method that reads them alone, got stacking",
     "--video-compressor randon": "unknown method 'randon'; .*did you mean 'random'",
@@ -642,8 +646,17 @@ def test_too_few_sounds_are_told_before_training(error, config, speech, tmp_path
     for file in of_split(copy, "test")[1:]:
         file.write_bytes(b"RIFF nothing")
     line, _ = error(config, "--speech-dir", copy, "--output-dir", tmp_path / "out")
-    assert re.search("1 held-out .*needed .* 2", line), line
+    assert re.search("1 held-out ones of 1 sounds .*needed .* 2", line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_dialogues_about_one_sound_cannot_be_shuffled(error, base, speech, tmp_path):
+    name = of_split(speech, "train")[0].stem
+    data = write_json(tmp_path / "data.json", [entry(name, f"{i}?") for i in range(5)])
+    options = ("--data", data, "--audio-dir", speech, "--compressor", "pooling", "--output-dir", tmp_path / "out")
+    line, opened = error("--model", base, *options, *QUICK)
+    assert "of 1 sounds are too few" in line
+    assert not opened
 
 
 def test_no_validation_sounds_are_needed(here, config, tmp_path):
