@@ -63,20 +63,20 @@ def with_other_audio(records: Sequence[Record], encoder: Encoder) -> list[Record
     """Gives every record the audio of another that is nearly as long.
 
     Neighbours in the order of length swap their audio, so what is left is the text's own likelihood and whatever the
-    mere length of the audio tells; only hearing makes the true audio better than this.
+    mere length of the audio tells; only hearing makes the true audio better than this. Records about the same audio
+    get the same other one.
 
     Raises:
-        ValueError: there are fewer than two records with audio.
+        ValueError: the records with audio are of fewer than two sounds.
     """
     heard = [r for r in records if r.audio is not None]
-    if len(heard) < 2:
-        raise ValueError(f"shuffling audio needs two records with audio or more, got {len(heard)}")
     heard.sort(key=lambda r: (encoder(r)["input_features"].shape[1], r.id))
-    last = len(heard) - 1
-    return [
-        dataclasses.replace(record, audio=heard[i ^ 1 if i ^ 1 <= last else i - 1].audio)
-        for i, record in enumerate(heard)
-    ]
+    sounds = list(dict.fromkeys(r.audio for r in heard))
+    if len(sounds) < 2:
+        raise ValueError(f"shuffling audio needs two different sounds or more, got {len(sounds)}")
+    last = len(sounds) - 1
+    other = {sound: sounds[i ^ 1 if i ^ 1 <= last else i - 1] for i, sound in enumerate(sounds)}
+    return [dataclasses.replace(record, audio=other[record.audio]) for record in heard]
 
 
 @torch.no_grad()
