@@ -63,7 +63,7 @@ class Affinity(MergeCompressor):
     }
     paper = "2604.06871"
     summary = "a token joins the open group while similar enough"
-    differs = "at the LLM's input only"
+    differs = "at the LLM's input only, not in a deep layer as well"
 
     @property
     def adaptive(self) -> bool:

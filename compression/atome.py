@@ -82,7 +82,7 @@ class AToMe(MergeCompressor, EncoderMethod):
     presets: ClassVar = {"encoder": {"stage": "encoder", "metric": "keys", "keep_ratio": 0.43}}
     paper = "2306.16009"
     summary = "similar neighbours merge in pairs"
-    differs = "pairs and weights are choices the paper leaves open; inside the tower with the preset"
+    differs = "after the tower, by features (inside it, by keys: `encoder`); pairs and weights are choices"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

@@ -61,7 +61,7 @@ class CDPruner(Compressor):
     query_aware = True
     paper = "2506.10967"
     summary = "a diverse subset (DPP) of tokens like the question"
-    differs = "relevance from the LLM's embeddings"
+    differs = "relevance from the LLM's embeddings, not CLIP's, and not negated"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

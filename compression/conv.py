@@ -141,9 +141,13 @@ class ClipTransformer(nn.Module):
 class Conv(FrameCompressor):
     """Shortens each clip by strided convolutions and maps it to the LLM's width.
 
-    Papers: SpeechVerse, arXiv 2405.08295: blocks of Conv1d (kernel 3, as wide as the LLM) and LayerNorm until 12.5 per
-    second. OSUM, arXiv 2501.13306: three causal Conv1d with GELU, strides 1, 2, 2, then four Transformer layers and a
-    Linear. LUCY, arXiv 2501.16327: one Conv1d (kernel 5, stride 2) to twice the width, norm, activation, Linear.
+    Papers, each a preset:
+        - `speechverse`: blocks of Conv1d (kernel 3, as wide as the LLM) and LayerNorm until 12.5 per second.
+          "SpeechVerse: A Large-scale Generalizable Audio Language Model", arXiv 2405.08295.
+        - `osum`: three causal Conv1d with GELU, strides 1, 2, 2, then four Transformer layers and a Linear. "OSUM:
+          Advancing Open Speech Understanding Models with Limited Resources in Academia", arXiv 2501.13306.
+        - `lucy`: one Conv1d (kernel 5, stride 2) to twice the width, norm, activation, Linear. "LUCY: Linguistic
+          Understanding and Control Yielding Early Stage of Her", arXiv 2501.16327.
 
     A token takes the slot and the size of the `prod(strides)` frames it replaces; its receptive field is wider.
 

@@ -82,7 +82,8 @@ class Echoing(Compressor):
        multiplied by `1 + soft - soft.detach()`, which is 1, so that scores learn from the loss of the LLM alone. What
        is dropped is dropped: its score learns through the softmax's sum.
 
-    Paper: EchoingPixels: Cross-Modal Adaptive Token Reduction for Efficient Audio-Visual LLMs, arXiv 2512.10324.
+    Paper: "EchoingPixels: Cross-Modal Adaptive Token Reduction for Efficient Audio-Visual LLMs", arXiv 2512.10324; at
+    ICML 2026 "Aliasing-Resistant Joint Token Reduction for Audio-Visual LLMs".
 
     Differs from the paper:
         - The budget is rounded half up, the paper's is `ceil(keep_ratio * tokens)`.
@@ -100,7 +101,7 @@ class Echoing(Compressor):
     query_aware = True
     paper = "2512.10324"
     summary = "a bidirectional copy of the LLM's first layers, then the best of audio and video"
-    differs = "Sync-RoPE is optional; budget rounded half up"
+    differs = "Sync-RoPE is optional; budget rounded half up; no bias on the score"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

@@ -62,7 +62,7 @@ class FastLongSpeech(MergeCompressor):
     trained = True
     paper = "2507.14815"
     summary = "similar neighbours merge, by halves, weighted by a gate"
-    differs = "a gate learned with the LLM for the CTC head"
+    differs = "a gate learned with the LLM in place of a CTC head; a share of the clip, not one length"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

@@ -60,7 +60,7 @@ class OmniSIFTConfig(SceneConfig):
 class OmniSIFT(Compressor):
     """Drops repeated video by similarity, then lets what is left of it score the audio of the same time.
 
-    Paper: OmniSIFT: Modality-Asymmetric Token Compression for Efficient Omni-modal Large Language Models, arXiv
+    Paper: "OmniSIFT: Modality-Asymmetric Token Compression for Efficient Omni-modal Large Language Models", arXiv
     2602.04804.
 
     1. Video: two consecutive frames are a chunk. The first drops the tokens most like its mean, the second those
@@ -83,7 +83,7 @@ class OmniSIFT(Compressor):
     stage = "joint"
     trained = True
     paper = "2602.04804"
-    summary = "changing video; it scores the audio by cross-attention"
+    summary = "video that changes; what is kept of it scores the audio by cross-attention"
     differs = "exact budget; audio without video is scored alone"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:

@@ -77,7 +77,7 @@ class OmniZipConfig(SceneConfig):
 class OmniZip(Compressor):
     """Prunes video more where the audio says little, and audio by the attention it receives.
 
-    Paper: OmniZip: Audio-Guided Dynamic Token Compression for Fast Omnimodal Large Language Models, arXiv 2511.14582.
+    Paper: "OmniZip: Audio-Guided Dynamic Token Compression for Fast Omnimodal Large Language Models", arXiv 2511.14582.
 
     1. Audio: the tokens that receive most attention in the encoder's last layer stay. Of the rest, anchors at a
        regular step stay too. Every other token belongs to the anchor it is most like (cosine); the G of them most
@@ -98,6 +98,7 @@ class OmniZip(Compressor):
         - Anchors are at most half of the audio kept, so that salient tokens stay under any budget.
         - Distances are between unit vectors: `exp(-d^2)` of raw tokens thousands wide is 0. Of equally dense tokens
           the earlier counts as denser, so that duplicates do not all become peaks.
+        - Attention is that inside the tower's blocks of 2 s; the released code's is over the whole audio.
         - An anchor keeps its slot, since the tokens merged into it may lie anywhere in the clip. Without video, the
           tokens most like the anchor are merged.
     """
@@ -107,8 +108,8 @@ class OmniZip(Compressor):
     presets: ClassVar = {"45": {"rho_a": 0.3, "rho_v": 0.6}, "35": {"rho_a": 0.4, "rho_v": 0.7}}
     stage = "joint"
     paper = "2511.14582"
-    summary = "salient audio and anchors; it guides how video is pruned"
-    differs = "exact budget, rates normalised by one shift"
+    summary = "audio that the tower attends to, and anchors; where it is dropped, so is video"
+    differs = "exact budget; rates normalised by one shift; attention inside blocks of 2 s"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -52,12 +52,12 @@ class PoolingConfig(FrameConfig):
 
 @register("pooling")
 class Pooling(FrameCompressor):
-    """Pools windows of neighbouring tokens.
+    """Pools windows of neighbouring tokens. With its defaults it is the control "mean" of the field's tables.
 
-    Papers: Qwen2-Audio, arXiv 2407.10759, and Qwen2.5-Omni, arXiv 2503.20215: the mean of two neighbouring states,
-    50 to 25 per second. That step is in Qwen2.5-Omni's tower already, so the presets are: `qwen2.5-omni`, the same once
-    more, on the LLM's tokens (12.5 per second, nothing trained); `qwen2-audio`, its connector learned anew on the
-    tower's states (25 per second): mean of two, LayerNorm, Linear.
+    Papers: "Qwen2-Audio Technical Report", arXiv 2407.10759, and "Qwen2.5-Omni Technical Report", arXiv 2503.20215: the
+    mean of two neighbouring states, 50 to 25 per second. That step is in Qwen2.5-Omni's tower already, so the presets
+    are: `qwen2.5-omni`, the same once more, on the LLM's tokens (12.5 per second, nothing trained); `qwen2-audio`, its
+    connector learned anew on the tower's states (25 per second): mean of two, LayerNorm, Linear.
 
     Differs from the papers:
         - They pool before the tower's final LayerNorm; `source="hidden"` reads the states after it, then adds one.

@@ -153,14 +153,22 @@ class QFormer(FrameCompressor):
     Query i of q that read the tokens from a to b takes the slot `floor(a + (i + 1/2) (b - a) / q)` and the size of its
     share, in whole frames. Of an incomplete last window only the first queries are used, one per share begun.
 
-    Papers and presets: SALMONN, arXiv 2310.13289: 17 states, 1 query (`salmonn`). FAVOR, arXiv 2310.05863: 5 s, 32
-    queries, causal frames (`favor`). video-SALMONN, arXiv 2406.15704: the multi-resolution causal Q-Former with 2
-    queries per 2.5 s beside 10 per 12.5 s (`mrc`), as released with 3 per 0.5 s beside 30 per 5 s (`mrc-released`), and
-    at that rate with 1, 5 and 10 s (`mrc-three-level`). MMS-LLaMA, arXiv 2503.11315: 3 queries per second times the
-    rate of speech, from 1 to 2 (`mms-llama`). Granite Speech, arXiv 2505.08699: 15 states, 3 queries
-    (`granite-window`).
+    Papers and presets:
+        - `salmonn`: 17 states, 1 query. "SALMONN: Towards Generic Hearing Abilities for Large Language Models", arXiv
+          2310.13289.
+        - `favor`: 5 s, 32 queries, causal frames. "Fine-grained Audio-Visual Joint Representations for Multimodal Large
+          Language Models", arXiv 2310.05863.
+        - `mrc`, the multi-resolution causal Q-Former: 2 queries per 2.5 s beside 10 per 12.5 s; `mrc-released`: 3 per
+          0.5 s beside 30 per 5 s; `mrc-three-level`, at that rate with 1, 5 and 10 s. "video-SALMONN: Speech-Enhanced
+          Audio-Visual Large Language Models", arXiv 2406.15704.
+        - `mms-llama`: 3 queries per second times the rate of speech, from 1 to 2. "MMS-LLaMA: Efficient LLM-based
+          Audio-Visual Speech Recognition with Minimal Multimodal Speech Tokens", arXiv 2503.11315.
+        - `granite-window`: 15 states, 3 queries. "Granite-speech: open-source speech-aware LLMs with strong English ASR
+          capabilities", arXiv 2505.08699.
 
     Differs from the papers:
+        - The frames are the tower's states alone. SALMONN and video-SALMONN put those of a second encoder, BEATs,
+          beside them; FAVOR and video-SALMONN always read the video, here `video="read"` does.
         - All padding is masked, as key and as query; released code leaves some of it visible.
         - The causal mask lets a frame see its own step and earlier ones, as the texts say; the released code of FAVOR
           and video-SALMONN builds the opposite triangle.
@@ -193,7 +201,7 @@ class QFormer(FrameCompressor):
     trained = True
     paper = "2310.13289, 2310.05863, 2406.15704, 2503.11315, 2505.08699"
     summary = "learned queries that read windows of frames"
-    differs = "masks all padding; causal as the text says; pictures of the vision tower, held until the next"
+    differs = "one audio encoder, video by option; masks all padding; causal as the text says"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

@@ -54,7 +54,7 @@ class SAMAP(Compressor):
     Differs from the paper:
         - Where merging alone leaves fewer groups than the budget, the tokens that joined with the least mean cosine
           open groups of their own, until there are as many. The released code returns fewer tokens.
-        - A group has at most `max_group` tokens.
+        - A group has at most `max_group` tokens. The least budget is one token; there two.
         - The attention is the mean over heads of what a token receives, inside blocks of 2 s, in both steps. In the
           released code it is the maximum over heads in step 1, and in step 2 the diagonal of the map.
     """
@@ -63,7 +63,7 @@ class SAMAP(Compressor):
     config: SAMAPConfig
     paper = "preprints 202606.0741"
     summary = "merges similar neighbours, then keeps a diverse subset (DPP)"
-    differs = "meets the budget exactly where merging overshoots it"
+    differs = "exact budget where merging overshoots it; attention received, not the map's diagonal"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -53,7 +53,7 @@ class SpeechPrune(Compressor):
     the weights of the LLM's first layer. Kept are the tokens that receive the most attention, summed over heads and
     queries.
 
-    Paper: SpeechPrune: Context-aware Token Pruning for Speech Information Retrieval, arXiv 2412.12009.
+    Paper: "SpeechPrune: Context-aware Token Pruning for Speech Information Retrieval", arXiv 2412.12009.
 
     Differs from the paper:
         - Its n_i miss the budget: floors leave tokens over, and n_i may exceed the second's tokens. Ours are
@@ -76,7 +76,7 @@ class SpeechPrune(Compressor):
     query_aware = True
     paper = "2412.12009"
     summary = "tokens like the question, then those the first layer attends to"
-    differs = "meets the budget exactly; rates instead of 750 tokens"
+    differs = "exact budget, a share of the clip instead of 750 tokens; phase 2 averages over queries, not keys"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

@@ -54,9 +54,10 @@ class StackingConfig(FrameConfig):
 class Stacking(FrameCompressor):
     """Maps every k neighbouring frames to one token: `Linear(ReLU(Linear([x_1; ...; x_k])))`.
 
-    Papers: An Embarrassingly Simple Approach for LLM with Strong ASR Capacity (SLAM-ASR), arXiv 2402.08846; LLaMA-Omni,
-    arXiv 2409.06666 (the same module); Large Language Models are Strong Audio-Visual Speech Recognition Learners
-    (Llama-AVSR), arXiv 2409.12319 (k of 3, or the mean instead of the stack).
+    Papers: "An Embarrassingly Simple Approach for LLM with Strong ASR Capacity" (SLAM-ASR), arXiv 2402.08846;
+    "LLaMA-Omni: Seamless Speech Interaction with Large Language Models", arXiv 2409.06666 (the same module); "Large
+    Language Models are Strong Audio-Visual Speech Recognition Learners" (Llama-AVSR), arXiv 2409.12319 (k of 3, or the
+    mean instead of the stack).
 
     Differs from the papers:
         - An incomplete window at a clip's end is filled with zeros and kept; `tail="drop"` is the papers' way.
@@ -73,7 +74,7 @@ class Stacking(FrameCompressor):
     trained = True
     paper = "2402.08846, 2409.06666, 2409.12319"
     summary = "k frames side by side, then an MLP"
-    differs = "keeps the incomplete last window"
+    differs = "keeps the incomplete last window; reads the LLM's tokens unless a preset says otherwise"
 
     def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from audiopress import TokenStream, available
-from audiopress.compression import from_description, markdown_table
+from audiopress.compression import from_description, markdown_table, registry
 
 from .compression_cases import (
     ALL_CASES,
@@ -46,6 +46,13 @@ def test_every_method_and_preset_has_a_case():
     presets = {f"{name}:{preset}" for name, info in methods.items() for preset in info.presets}
     missing = (methods.keys() | presets) - {case.name for case in ALL_CASES}
     assert not missing, f"add rows for {', '.join(sorted(missing))} to tests/compression_cases.py"
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_a_published_method_says_how_it_differs(name):
+    info = available()[name]
+    lists = [line for line in (registry._METHODS[name].__doc__ or "").splitlines() if "Differs from the paper" in line]
+    assert bool(info.paper) == bool(info.differs) == bool(lists), "paper, differs and the docstring's list go together"
 
 
 def test_the_readme_has_the_table_of_methods():
