@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..kernels import segment_centres, segment_mean, ward_exact, ward_greedy
 from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag
@@ -31,6 +32,7 @@ class WardConfig(CompressorConfig):
             keeps depends on the clips beside it.
         weights: "attention" segments the tokens times the square root of the attention they receive in the audio
             tower's last layer; they are averaged without it.
+        normalize: segment the tokens scaled to length 1; on speech worse than as they are.
         norm_preserving: rescale the mean of a segment to the mean norm of its tokens.
         proportional_attention: let the LLM add log(size) to the attention logits of the tokens.
         max_segment: tokens per segment with "exact", raised where a clip's budget needs it. It cuts long silences,
@@ -43,6 +45,7 @@ class WardConfig(CompressorConfig):
     segmentation: Literal["greedy", "exact"] = "greedy"
     budget: Literal["clip", "batch"] = "clip"
     weights: Literal["none", "attention"] = "none"
+    normalize: bool = False
     norm_preserving: bool = True
     proportional_attention: bool = True
     max_segment: int = 40
@@ -54,6 +57,7 @@ class WardConfig(CompressorConfig):
         check_choice("segmentation", self.segmentation, ("greedy", "exact"))
         check_choice("budget", self.budget, ("clip", "batch"))
         check_choice("weights", self.weights, ("none", "attention"))
+        check_flag("normalize", self.normalize)
         check_flag("norm_preserving", self.norm_preserving)
         check_flag("proportional_attention", self.proportional_attention)
         check_count("max_segment", self.max_segment)
@@ -149,7 +153,7 @@ class Ward(EncoderMethod):
     @torch.no_grad()
     def segment(self, stream: TokenStream, share: Sequence[int], attention: Tensor | None) -> Tensor:
         """Gives the tokens per segment, `[M]` int64."""
-        embeds = stream.embeds.float()
+        embeds = functional.normalize(stream.embeds.float(), dim=1) if self.config.normalize else stream.embeds.float()
         if attention is not None:
             embeds = embeds * attention.sqrt()[:, None]
         pooled = self.config.budget == "batch"

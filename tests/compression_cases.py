@@ -169,7 +169,7 @@ ALL_CASES = [
     Case("ward:encoder", {"keep_ratio": 0.3}),
     Case("ward", {"stage": "encoder", "layers": [1], "weights": "attention", "segmentation": "exact"}, ATTENTION),
     Case("ward", {"keep_ratio": 0.5}, compares=True),
-    Case("ward", {"keep_ratio": 0.1, "norm_preserving": False}, compares=True),
+    Case("ward", {"keep_ratio": 0.1, "norm_preserving": False, "normalize": True}, compares=True),
     Case("ward", {"weights": "attention"}, frozenset({"encoder_attention"}), compares=True),
     Case("ward:exact", compares=True),
     Case("ward:exact", {"max_segment": 3, "proportional_attention": False}, compares=True),

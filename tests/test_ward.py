@@ -264,6 +264,17 @@ def test_attention_draws_the_boundaries_and_leaves_the_means():
     assert weighted.embeds[:, 0].tolist() == [1.5, 4, 4.5]
 
 
+def test_normalized_tokens_are_segmented_by_direction_and_averaged_as_they_are():
+    stream = make_stream((23,))
+    louder = stream.replace(embeds=stream.embeds * (1 + torch.arange(23.0))[:, None])
+    by_direction = make(0.3, normalize=True)
+    assert torch.equal(by_direction(louder).sizes, by_direction(stream).sizes)
+    assert not torch.equal(make(0.3)(louder).sizes, make(0.3)(stream).sizes)
+    counts = by_direction(louder).sizes.long().tolist()
+    norms = torch.stack([part.norm(dim=1).mean() for part in louder.embeds.split(counts)])
+    torch.testing.assert_close(by_direction(louder).embeds.norm(dim=1), norms)
+
+
 def test_bad_attention_is_named():
     stream, context = make_inputs(LENGTHS)
     ward = make(0.5, weights="attention")
