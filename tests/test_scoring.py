@@ -12,7 +12,7 @@ FRAMES = {"a": 100, "b": 200, "c": 210, "d": 300, "e": 310}
 
 
 def record(name, sound):
-    return Record(name, (user("What?"), assistant("This.")), Path(sound) if sound else None)
+    return Record(name, (user("What?"), assistant("This.")), Path(sound) if sound else None, Path("video"))
 
 
 def encoder(record):

@@ -503,7 +503,7 @@ BAD_OPTIONS = {
     "--keep-ratio 0.5,0.25": "weights of its own for every keep_ratio",
     "--compressor qformer --compressor-options heads=2 width=24 --keep-ratio 0.5 --shrink-steps 4": "--shrink-steps "
     r"takes every ratio from 1 down, but qformer cannot go to keep_ratio 0.8.*nearest",
-    "--compressor atome --compressor-options threshold=0.9 --keep-ratio 1 --shrink-steps 4": "ratio below 1.*atome is 1",
+    "--compressor atome --compressor-options threshold=0.9 --keep-ratio 1 --shrink-steps 4": "of atome is 1",
     "--compressor pooling --compressor-options kind=max --shrink-steps -1": "--shrink-steps must be >= 0, got -1",
     "--keep-ratio 0.5,x": "takes a number, or several as 0.5,0.25, got '0.5,x'",
     "--video-compressor stacking": "training-free method that reads them alone, got stacking",
