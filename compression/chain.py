@@ -18,7 +18,7 @@ class Chain(Compressor):
     """Applies compressors in sequence. Slots stay those of the uncompressed clips, sizes add up, rates multiply.
 
     Args:
-        members: in the order they are applied, all for the same width.
+        members: in the order they are applied, all for the same width; of a chain among them its members.
 
     Raises:
         ValueError: there is no member, widths differ, a member does not act between tower and LLM, or one after the
@@ -26,6 +26,7 @@ class Chain(Compressor):
     """
 
     def __init__(self, members: Sequence[Compressor]) -> None:
+        members = [part for member in members for part in getattr(member, "members", (member,))]  # a chain's, flat
         if not members:
             raise ValueError("Chain needs at least one compressor, got none")
         if len({member.hidden_size for member in members}) > 1:

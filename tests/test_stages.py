@@ -249,8 +249,11 @@ def test_a_chain_from_the_tower_on(thinker):
     chain = Chain([inside, build("pooling", hidden_size=32, encoder_size=24, keep_ratio=0.5)])
     assert chain.stage == "encoder"
     assert chain.config.keep_ratio == 0.25
-    out = CompressedOmni(thinker, chain)(**dialogue())
-    assert out.tokens["audio"][1] == sum(chain.budget((75, 51, 16)))
+    longer = Chain([chain, build("uniform-stride", hidden_size=32, encoder_size=24, keep_ratio=0.5)])
+    assert longer.name == "first-of-block+pooling+uniform-stride"
+    for model in (chain, longer):
+        out = CompressedOmni(thinker, model)(**dialogue())
+        assert out.tokens["audio"][1] == sum(model.budget((75, 51, 16)))
     with pytest.raises(ValueError, match="one of 'encoder' as its first"):
         Chain([build("pooling", hidden_size=32, encoder_size=24), inside])
     with pytest.raises(ValueError, match="acts inside the audio tower"):
