@@ -119,7 +119,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Before the training proper, train compressor and projector by CTC alone for so many steps, "
-            "without running the LLM. Default: 150 for transcription, else 0."
+            f"without running the LLM. Default: {CTC_WARMUP_STEPS} for transcription, else 0."
         },
     )
     speech_rate_steps: int = field(

@@ -109,8 +109,9 @@ class Context:
 
     Args:
         encoder_hidden: the audio tower's last hidden states after its final LayerNorm and *before* its pairwise
-            pooling and projection: 50 per second, D = the tower's width.
-        encoder_keys: the keys of the tower's last layer, heads side by side: 50 per second, D = the tower's width.
+            pooling and projection: 50 per second, D = the tower's width. Not for joint methods.
+        encoder_keys: the keys of the tower's last layer, heads side by side: 50 per second, D = the tower's width. Not
+            for joint methods.
         encoder_attention: `[N]` float32, the attention each token receives in the tower's last layer: the mean over
             heads and over the queries of its attention block, times the block's length, so that 1 is an even share
             whatever the block's length. The mean of the token's two states. 0 at video tokens.
@@ -239,6 +240,8 @@ class Compressor(nn.Module):
 
     def at(self, keep_ratio: float) -> Compressor:
         """Gives the same method with the very same parameters at another ratio.
+
+        Other options that set the rate (a threshold, a window, the shares of audio and video) give way to it.
 
         Raises:
             ValueError: the method's parameters, or their shapes, depend on the ratio.

@@ -52,6 +52,9 @@ def fill(
         ends: ids that end a turn.
     """
     if joint:
+        assert not {"encoder_hidden", "encoder_keys"} & set(needs), (
+            "they are of audio clips, a joint method's of samples"
+        )
         index, _ = layout.joint_index()
         samples = list(range(len(input_ids)))
         context.scene = Scene(

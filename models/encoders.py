@@ -14,7 +14,7 @@ from ..compression.encoder import EncoderMethod
 from ..compression.stream import clip_ids, positions
 from . import parts
 from .layout import audio_lengths
-from .tower import encoder_layers, finish, front, pack, run_layers
+from .tower import acting_layers, finish, front, pack, run_layers
 
 LAST_LAYER = frozenset({"encoder_keys", "encoder_attention"})  # what only the steps of the last layer give
 
@@ -61,7 +61,7 @@ def encode_audio(
     frames = tuple(((mel_frames - 1) // 2 + 1).tolist())
     dtype, device = tower.conv1.weight.dtype, tower.conv1.weight.device
     capture = needs & LAST_LAYER
-    whole = not capture and (method is None or not encoder_layers(method, tower))
+    whole = not capture and not acting_layers(method, tower)
     captured: list[Any] = []
     context = Context()
     # A projection that is trained is float32; beside a bfloat16 tower it takes part by autocast.

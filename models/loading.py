@@ -13,7 +13,7 @@ from ..compression import Compressor, build
 from ..compression.base import LLMShape
 from ..compression.registry import from_description
 from . import parts, storage
-from .omni import CompressedOmni
+from .omni import CompressedOmni, check_compressor
 
 OMNI_SMALL = "omni-small"
 
@@ -87,7 +87,11 @@ def load(
 
 
 def build_for(thinker: nn.Module, method: str, **options: Any) -> Compressor:
-    """Builds a compressor of the sizes of a thinker; one with layers like the LLM's starts from those, in float32."""
+    """Builds a compressor of the sizes of a thinker; one with layers like the LLM's starts from those, in float32.
+
+    Raises:
+        ValueError: an unknown method or option, or one that the thinker's audio tower is not deep enough for.
+    """
     text = thinker.config.get_text_config()
     heads = text.num_attention_heads
     compressor = build(
@@ -105,6 +109,7 @@ def build_for(thinker: nn.Module, method: str, **options: Any) -> Compressor:
         ),
         **options,
     )
+    check_compressor(compressor, thinker)
     if not any(p.is_meta for p in compressor.parameters()):
         compressor.initialize(parts.language_model(thinker))
     return compressor

@@ -60,7 +60,8 @@ class CompressedOmni(nn.Module):
 
     Args:
         thinker: transformers' `Qwen2_5OmniThinkerForConditionalGeneration`. It is used as it is: no method of it is
-            replaced, and hooks are removed after each call.
+            replaced, and hooks are removed after each call. With proportional attention its config names an attention
+            function of ours from the first call on.
         compressor: of the thinker's width; None for none.
         video_compressor: a training-free method of stage "connector" that reads nothing else, for the video tokens.
         base: what `load_base` opens it by: "omni-small", a path or a hub name.
@@ -77,13 +78,10 @@ class CompressedOmni(nn.Module):
         positions: Literal["original", "contiguous"] = "original",
     ) -> None:
         super().__init__()
-        hidden_size = thinker.get_input_embeddings().embedding_dim
-        if compressor is not None and compressor.hidden_size != hidden_size:
-            raise ValueError(f"the compressor was built for width {compressor.hidden_size}, the LLM has {hidden_size}")
-        if compressor is not None and (in_tower := compressor.split()[0]) is not None:
-            in_tower.encoder_layers(len(parts.audio_tower(thinker).layers))  # type: ignore[operator]  # checks them
+        if compressor is not None:
+            check_compressor(compressor, thinker)
         if video_compressor is not None:
-            check_video_compressor(video_compressor, compressor, hidden_size)
+            check_video_compressor(video_compressor, compressor, thinker.get_input_embeddings().embedding_dim)
         check_choice("positions", positions, POSITIONS)
         self.thinker = thinker.requires_grad_(False)
         self.compressor = compressor
@@ -481,6 +479,16 @@ def _run(compressor: Compressor, stream: TokenStream, context: Context) -> Token
     if context.prompt is not None:
         context.prompt = replace(context.prompt, stream=cast(context.prompt.stream))
     return compressor(cast(stream), context)
+
+
+def check_compressor(method: Compressor, thinker: nn.Module) -> None:
+    """Raises ValueError unless `method` is of the thinker's width, and acts in layers that its audio tower has."""
+    hidden_size = thinker.get_input_embeddings().embedding_dim
+    if method.hidden_size != hidden_size:
+        raise ValueError(f"the compressor was built for width {method.hidden_size}, the LLM has {hidden_size}")
+    in_tower, _ = method.split()
+    if in_tower is not None:
+        in_tower.encoder_layers(len(parts.audio_tower(thinker).layers))  # type: ignore[operator]
 
 
 def check_video_compressor(method: Compressor, other: Compressor | None, hidden_size: int) -> None:

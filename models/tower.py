@@ -125,7 +125,7 @@ def run_layers(
     Returns:
         The states after the last layer, and what was captured there.
     """
-    acting = encoder_layers(method, tower) if method is not None else ()
+    acting = acting_layers(method, tower)
     plans: dict[int, list[int]] = {}
     captured = None
     for i in range(start, stop):
@@ -136,22 +136,19 @@ def run_layers(
             p(x).unflatten(1, (attention.num_heads, -1)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         bias = None
-        if method is not None and method.proportional_attention:
+        if method is not None and method.proportional_attention and plans:  # some states are merged already
             bias = (blocks.sizes / STATE_SIZE).log()
         mixed = block_attention(q, k, v, blocks.lengths, attention.scaling, bias).flatten(1)
         states = replace(states, blocks=blocks.replace(embeds=blocks.embeds + attention.out_proj(mixed)))
+        read = capture if i == stop - 1 else frozenset()
+        if method is not None and i in acting:
+            read |= method.needs
+        received = None
+        if "encoder_attention" in read:
+            received = attention_received(q, k, blocks.lengths, attention.scaling)
         if i == stop - 1 and capture:
-            received = (
-                attention_received(q, k, blocks.lengths, attention.scaling) if "encoder_attention" in capture else None
-            )
             captured = Captured(states.clips.replace(embeds=k.flatten(1)), received)
-        if i in acting:
-            assert method is not None
-            received = (
-                attention_received(q, k, blocks.lengths, attention.scaling)
-                if "encoder_attention" in method.needs
-                else None
-            )
+        if method is not None and i in acting:
             layer_state = LayerState(k.flatten(1), attention.num_heads, received)
             if not plans:
                 states, layer_state = _drop_odd(states, layer_state)
@@ -164,15 +161,17 @@ def run_layers(
     return states, captured
 
 
-def encoder_layers(method: EncoderMethod, tower: nn.Module) -> tuple[int, ...]:
-    """Gives the layers a method acts in; none if it keeps everything."""
-    return () if method.config.keep_ratio == 1 and not method.adaptive else method.encoder_layers(len(tower.layers))
+def acting_layers(method: EncoderMethod | None, tower: nn.Module) -> tuple[int, ...]:
+    """Gives the layers a method acts in; none without one, or if it keeps everything."""
+    if method is None or (method.config.keep_ratio == 1 and not method.adaptive):
+        return ()
+    return method.encoder_layers(len(tower.layers))
 
 
 def finish(states: States, method: EncoderMethod | None) -> TokenStream:
     """Joins the states of each audio clip to its tokens, 25 per second or the method's fewer, `[N, D_enc]`."""
     clips = states.clips
-    if method is None or states.blocks.lengths == ():
+    if method is None:
         budget = states.tokens
     elif method.adaptive:
         budget = tuple(min(t, max(1, n // 2)) for t, n in zip(states.tokens, clips.lengths, strict=True))

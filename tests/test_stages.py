@@ -11,6 +11,7 @@ from audiopress.compression.chain import Chain
 from audiopress.kernels import top_k
 from audiopress.models import parts
 from audiopress.models.layout import Kind
+from audiopress.models.loading import build_for
 from audiopress.models.rewrite import IGNORE
 
 from .test_tower import FirstOfBlock
@@ -232,6 +233,14 @@ def test_training_draws_a_ratio_per_step(thinker):
         CompressedOmni(thinker, build("stacking", hidden_size=32)).set_keep_ratios((0.5, 0.25))
     with pytest.raises(ValueError, match="keep_ratios need a compressor"):
         CompressedOmni(thinker).set_keep_ratios((0.5,))
+
+
+def test_a_method_inside_that_the_tower_is_not_deep_enough_for(thinker):
+    message = "layers must be from 1 to the tower's 2, got 6"
+    with pytest.raises(ValueError, match=message):
+        build_for(thinker, "atome:encoder")
+    with pytest.raises(ValueError, match=message):
+        CompressedOmni(thinker, build("atome:encoder", hidden_size=32, encoder_size=24))
 
 
 def test_a_ratio_that_shrinks(thinker):
