@@ -476,7 +476,7 @@ def main(argv: list[str]) -> None:
     first = args.process_index == 0
     results = {"uncompressed, as it comes": score(model, test, name="uncompressed")} if first else {}
 
-    model.compressor, model.video_compressor = compressor, video_compressor
+    model.compressor, model.video_compressor, model.seed = compressor, video_compressor, args.seed
     model.positions = model_args.positions
     if len(ratios) > 1:
         model.set_keep_ratios(ratios)

@@ -122,7 +122,7 @@ class Context:
         video_seconds: `[V]` float32, when each of `video` happens, on the clip's own clock.
         scene: what each token of a joint stream is; None means that all are audio.
         first_layer: the LLM's first decoder layer, with `self_attn.q_proj`, `.k_proj` and `.head_dim`.
-        seed: of everything a method draws at random; the same seed gives the same tokens.
+        seed: of what a method draws at random; the same seed gives the same tokens. In training every step has its own.
     """
 
     encoder_hidden: TokenStream | None = None

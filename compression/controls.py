@@ -62,6 +62,11 @@ class Random(Compressor):
     config_class: ClassVar[type[CompressorConfig]] = HalfConfig
     summary = "a uniform draw without replacement"
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The seed."""
+        return frozenset({"seed"})
+
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Draws on the CPU, so that every device keeps the same tokens."""
         budget = self.budget(stream.lengths)

@@ -87,6 +87,7 @@ class CompressedOmni(nn.Module):
         self.compressor = compressor
         self.video_compressor = video_compressor
         self.keep_ratios: tuple[float, ...] = ()
+        self.seed = 0
         self.shrinkage = 1.0  # how far a schedule of training has brought the ratio down from 1
         self.base = base
         self.positions = positions
@@ -210,6 +211,10 @@ class CompressedOmni(nn.Module):
         keep_ratio = ratios[int(torch.randint(len(ratios), ())) if len(ratios) > 1 else 0]
         return self.compressor.at(shrunk(keep_ratio, self.shrinkage))
 
+    def drawn_seed(self) -> int:
+        """Gives the seed of methods that draw at random: in training another one for every step."""
+        return int(torch.randint(2**31, ())) if self.training else self.seed
+
     # The way of the data.
 
     def layout(self, input_ids: Tensor, attention_mask: Tensor | None = None, **media: Any) -> Layout:
@@ -275,8 +280,10 @@ class CompressedOmni(nn.Module):
         streams: dict[Kind, TokenStream] = {}
         joint = None
         if video is not None and self.video_compressor is not None:
-            streams[Kind.VIDEO] = _run(self.video_compressor, video, Context())
+            streams[Kind.VIDEO] = _run(self.video_compressor, video, Context(seed=self.drawn_seed()))
         if after is not None and (audio is not None or (video is not None and after.stage == "joint")):
+            if "seed" in needs:
+                context.seed = self.drawn_seed()
             if audio is not None and after.stage == "joint":
                 embeds = scatter(embeds, layout, Kind.AUDIO, audio.embeds)
             fill(
@@ -493,7 +500,7 @@ def check_compressor(method: Compressor, thinker: nn.Module) -> None:
 
 def check_video_compressor(method: Compressor, other: Compressor | None, hidden_size: int) -> None:
     """Raises ValueError unless `method` can stand for the video tokens beside the compressor `other`."""
-    if method.stage != "connector" or method.needs or method.trained:
+    if method.stage != "connector" or method.needs - {"seed"} or method.trained:
         raise ValueError(f"video tokens take a training-free method that reads them alone, got {method.name}")
     if method.hidden_size != hidden_size:
         raise ValueError(f"the video compressor was built for width {method.hidden_size}, the LLM has {hidden_size}")

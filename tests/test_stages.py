@@ -253,6 +253,26 @@ def test_a_ratio_that_shrinks(thinker):
 
 
 @torch.no_grad()
+def test_what_is_drawn_at_random_follows_the_seed_and_changes_in_training(thinker):
+    model = CompressedOmni(thinker, build("random", hidden_size=32)).eval()
+
+    def slots():
+        return model.encode(**dialogue())[1].slots
+
+    first = slots()
+    assert torch.equal(slots(), first)
+    model.seed = 1
+    assert not torch.equal(slots(), first)
+    model.train()
+    assert not torch.equal(slots(), slots())
+    torch.manual_seed(3)
+    drawn = slots()
+    torch.manual_seed(3)
+    assert torch.equal(slots(), drawn)
+    model.eval()
+
+
+@torch.no_grad()
 def test_a_chain_from_the_tower_on(thinker):
     inside = FirstOfBlock(CompressorConfig(0.5), Sizes(32, 24))
     chain = Chain([inside, build("pooling", hidden_size=32, encoder_size=24, keep_ratio=0.5)])
