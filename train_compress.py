@@ -88,8 +88,8 @@ class ModelArguments:
     keep_ratio: str | None = field(
         default=None,
         metadata={
-            "help": "Tokens out / in, in (0, 1]; or several, as 0.5,0.25,0.125: every training step draws one, and the "
-            "variant serves all of them. Default: the method's or preset's own."
+            "help": "Tokens out / in, in (0, 1]; or several, as 0.5,0.25,0.125: every batch in training draws one, and "
+            "the variant serves all of them. Default: the method's or preset's own."
         },
     )
     compressor_options: list[str] = field(

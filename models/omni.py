@@ -188,7 +188,7 @@ class CompressedOmni(nn.Module):
         return {name: p for name, p in module.named_parameters() if name not in frozen}
 
     def set_keep_ratios(self, keep_ratios: Sequence[float]) -> None:
-        """Trains for several ratios at once: every training step draws one (Matryoshka-style, 2503.06362).
+        """Trains for several ratios at once: every batch in training draws one (Matryoshka-style, 2503.06362).
 
         Outside training the compressor's own ratio holds; `model.compressor = model.compressor.at(0.25)` changes it.
 

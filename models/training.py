@@ -211,6 +211,11 @@ class ShrinkCallback(TrainerCallback):
         self.model = model
         self.steps = steps
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Warns if training ends before the ratio is what it is evaluated at."""
+        if self.steps > state.max_steps:
+            log.warning("the keep ratio shrinks over %d steps, but training ends after %d", self.steps, state.max_steps)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Sets the share of the way that is done."""
         done = min(1.0, state.global_step / self.steps)

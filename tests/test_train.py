@@ -250,10 +250,11 @@ def test_the_saved_variant_gives_the_same_answers_in_a_new_process(variant, spee
     assert json.loads(done.stdout) == answers
 
 
-def test_one_variant_for_several_ratios(here, config, tmp_path):
-    options = "--compressor pooling --keep-ratio 0.5,0.25,0.125 --compressor-options kind=attentive --shrink-steps 3"
+def test_one_variant_for_several_ratios(here, config, tmp_path, caplog):
+    options = "--compressor pooling --keep-ratio 0.5,0.25,0.125 --compressor-options kind=attentive --shrink-steps 5"
     status, out, _ = here(config, *options.split(), "--max-steps", 4, "--output-dir", tmp_path)
     assert not status
+    assert "the keep ratio shrinks over 5 steps, but training ends after 4" in caplog.text
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     rates = [results[name]["keep_ratio"] for name in results if "shuffled" not in name]
     assert rates == pytest.approx([1, 0.5, 0.25, 0.125], abs=0.02)
@@ -261,6 +262,27 @@ def test_one_variant_for_several_ratios(here, config, tmp_path):
     model, _ = audiopress.load(tmp_path, device="cpu", keep_ratio=0.125)
     assert model.compressor.config.keep_ratio == 0.125
     assert model.keep_ratios == (0.5, 0.25, 0.125)
+
+
+def test_a_ratio_shrinks_inside_the_tower(here, config, tmp_path):
+    """From states cached before the first layer that prunes: at ratio 1, too, no layer may be left out."""
+    options = "--compressor attention-topk:topk-ast --compressor-options layers=2 --keep-ratio 0.5 --train projector"
+    quick = ("--ctc-warmup-steps", 1, "--max-steps", 1, "--logging-steps", 1)
+    for name, more in (("cached", "--cache-audio true"), ("direct", "--cache-audio false")):
+        status, *_ = here(
+            config,
+            *options.split(),
+            *more.split(),
+            "--shrink-steps",
+            3,
+            *quick,
+            "--save-steps",
+            1,
+            "--output-dir",
+            tmp_path / name,
+        )
+        assert not status
+    assert losses(tmp_path / "cached", 1) == pytest.approx(losses(tmp_path / "direct", 1), rel=1e-4)
 
 
 def test_a_training_free_method_untrained(here, config, tmp_path):
