@@ -62,19 +62,18 @@ def encode_audio(
     dtype, device = tower.conv1.weight.dtype, tower.conv1.weight.device
     capture = needs & LAST_LAYER
     whole = not capture and not acting_layers(method, tower)
-    captured: list[Any] = []
     context = Context()
     # A projection that is trained is float32; beside a bfloat16 tower it takes part by autocast.
     with torch.autocast(device.type, dtype, enabled=tower.proj.weight.dtype != dtype):
         if audio_hidden is None and whole:
-            with _layer_input(tower, len(tower.layers), "encoder_hidden" in needs) as captured:
+            with _last_states(tower) as captured:
                 features = _features(
                     thinker.get_audio_features(
                         input_features.to(dtype), feature_attention_mask=feature_attention_mask, return_dict=True
                     )
                 )
             audio = TokenStream(features, tuple(lengths))
-            hidden = captured[0] if captured else None
+            hidden = captured[0]
         else:
             start = first_step(tower, needs, method)
             if audio_hidden is None:
@@ -119,10 +118,16 @@ def hidden_audio(
     acts. Valid as long as nothing before that point is trained or changed, whatever the method's keep ratio.
     """
     tower = parts.audio_tower(thinker)
-    with _layer_input(tower, first_step(tower, needs, method), True) as captured:
-        encode_audio(thinker, input_features, feature_attention_mask)
     mel_frames = feature_attention_mask.sum(dim=1)
-    return list(captured[0].split(((mel_frames - 1) // 2 + 1).tolist()))
+    frames = ((mel_frames - 1) // 2 + 1).tolist()
+    start = first_step(tower, needs, method)
+    if start == len(tower.layers):
+        with _last_states(tower) as captured:
+            encode_audio(thinker, input_features, feature_attention_mask)
+        return list(captured[0].split(frames))
+    first = front(tower, input_features.to(tower.conv1.weight.dtype), mel_frames.tolist())
+    states, _ = run_layers(tower, pack(first, frames, audio_lengths(mel_frames), tower.n_window), 0, start)
+    return list(states.blocks.embeds.split(frames))
 
 
 def pool_pairs(hidden: TokenStream, lengths: list[int]) -> Tensor:
@@ -142,26 +147,15 @@ def encode_image(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> 
 
 
 @contextmanager
-def _layer_input(tower: nn.Module, layer: int, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collects what a layer of the tower reads, `[N, D_enc]` at 50 per second, while the block runs.
-
-    Of the layer after the last that is the last one's output.
-    """
+def _last_states(tower: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the tower's last layer gives."""
     captured: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Any = None) -> None:
-        states = args if output is None else output
-        captured.append(states if isinstance(states, Tensor) else states[0])
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        captured.append(output if isinstance(output, Tensor) else output[0])
 
-    if wanted:
-        last = layer == len(tower.layers)
-        handle = (
-            tower.layers[-1].register_forward_hook(keep)
-            if last
-            else tower.layers[layer].register_forward_pre_hook(keep)
-        )
+    handle = tower.layers[-1].register_forward_hook(keep)  # type: ignore[union-attr, index]
     try:
         yield captured
     finally:
-        if wanted:
-            handle.remove()
+        handle.remove()
