@@ -54,7 +54,7 @@ from audiopress.models.packages import FetchError
 from audiopress.models.training import (
     CompressTrainer,
     RunCallback,
-    ShrinkCallback,
+    StepCallback,
     fit_speech_rate,
     last_checkpoint,
     warm_up,
@@ -521,7 +521,7 @@ def main(argv: list[str]) -> None:
             data_collator=collate,
             train_dataset=dataset,
             eval_dataset=RecordDataset(validation or test, encoder, data_args.strict),
-            callbacks=[clock, *([ShrinkCallback(model, args.shrink_steps)] if args.shrink_steps else [])],
+            callbacks=[clock, StepCallback(model, args.shrink_steps)],
             on_skip=skips.add,
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

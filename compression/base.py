@@ -169,6 +169,11 @@ class CompressorConfig:
             raise ValueError(f"{method} has no option {', '.join(unknown)}; its options are {', '.join(valid)}")
         return cls(**options)
 
+    def at(self, keep_ratio: float) -> CompressorConfig:
+        """Gives the same options at another ratio; others that set the rate fall back to their defaults."""
+        rate: Any = {f.name: f.default for f in dataclasses.fields(self) if f.name in self.rate_options}
+        return dataclasses.replace(self, **rate | {"keep_ratio": keep_ratio})
+
 
 class Compressor(nn.Module):
     """Base class of all methods. A subclass fills in `config_class`, the class attributes and `compress`.
@@ -241,16 +246,14 @@ class Compressor(nn.Module):
     def at(self, keep_ratio: float) -> Compressor:
         """Gives the same method with the very same parameters at another ratio.
 
-        Other options that set the rate (a threshold, a window, the shares of audio and video) give way to it.
+        Other options that set the rate (a threshold, a window) give way to it.
 
         Raises:
             ValueError: the method's parameters, or their shapes, depend on the ratio.
         """
-        rate = {f.name: f.default for f in dataclasses.fields(self.config) if f.name in self.config.rate_options}
-        options = dataclasses.asdict(self.config) | rate | {"keep_ratio": keep_ratio}
         try:
             with torch.device("meta"):
-                twin = type(self)(self.config.from_options(self.name, options), self.sizes)
+                twin = type(self)(self.config.at(keep_ratio), self.sizes)
         except ValueError as error:
             raise ValueError(f"{self.name} cannot go to keep_ratio {keep_ratio}: {error}") from error
         own, other = ({name: p.shape for name, p in c.named_parameters()} for c in (self, twin))

@@ -33,13 +33,12 @@ class SceneConfig(CompressorConfig):
     tokens, both come out as given.
 
     Args:
-        keep_ratio: tokens out / tokens in, over audio and video together. Without it, what the rates keep of the
-            papers' mix; given alone, the usual rates say how audio and video share it.
-        rho_a: share of the audio tokens to drop, together with `rho_v`.
+        keep_ratio: tokens out / tokens in, over audio and video together. Default: what the rates keep of the papers'
+            mix.
+        rho_a: share of the audio tokens to drop, together with `rho_v`. Default: the usual rates.
         rho_v: share of the video tokens to drop.
     """
 
-    rate_options: ClassVar[frozenset[str]] = frozenset({"keep_ratio", "rho_a", "rho_v"})
     usual_rates: ClassVar[tuple[float, float]]
 
     keep_ratio: float = None  # type: ignore[assignment]  # None only until it is worked out
@@ -49,27 +48,22 @@ class SceneConfig(CompressorConfig):
     def __post_init__(self) -> None:
         if (self.rho_a is None) != (self.rho_v is None):
             raise ValueError(f"rho_a and rho_v go together, got {self.rho_a!r} and {self.rho_v!r}")
-        if self.keep_ratio is None and self.rho_a is None:
+        if self.rho_a is None:
             object.__setattr__(self, "rho_a", self.usual_rates[0])
             object.__setattr__(self, "rho_v", self.usual_rates[1])
-        if self.rho_a is not None:
-            check_number("rho_a", self.rho_a, "[0, 1]")
-            check_number("rho_v", self.rho_v, "[0, 1]")
-            nominal = sum(n * kept for n, kept in zip(PUBLISHED_WINDOW, self.kept, strict=True)) / sum(PUBLISHED_WINDOW)
-            if self.keep_ratio is None:
-                object.__setattr__(self, "keep_ratio", nominal)
-            elif abs(self.keep_ratio - nominal) > 1e-6:
-                raise ValueError(
-                    f"rho_a {self.rho_a} and rho_v {self.rho_v} give keep_ratio {nominal:.6g}, but keep_ratio is "
-                    f"{self.keep_ratio}: give the one or the other"
-                )
+        check_number("rho_a", self.rho_a, "[0, 1]")
+        check_number("rho_v", self.rho_v, "[0, 1]")
+        if self.keep_ratio is None:
+            kept = sum(n * kept for n, kept in zip(PUBLISHED_WINDOW, self.kept, strict=True))
+            object.__setattr__(self, "keep_ratio", kept / sum(PUBLISHED_WINDOW))
         super().__post_init__()
 
     @property
     def kept(self) -> tuple[float, float]:
         """The shares of the audio and of the video tokens that the rates keep, in the papers' mix."""
-        rho_a, rho_v = self.usual_rates if self.rho_a is None or self.rho_v is None else (self.rho_a, self.rho_v)
-        return 1 - rho_a, 1 - rho_v
+        assert self.rho_a is not None
+        assert self.rho_v is not None
+        return 1 - self.rho_a, 1 - self.rho_v
 
 
 def read_scene(stream: TokenStream, context: Context, method: str) -> Scene:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .packed import offsets
 from .select import pad_clips
+from .varlen import can_use_varlen, varlen_attention
+
+_CHANNELS = 8  # head sizes must be multiples of it for the fast kernels
 
 _MAP_ENTRIES = 2**26  # of the attention maps held at once, a quarter of a gigabyte in float32
 
@@ -29,6 +34,12 @@ def block_attention(
     Returns:
         `[N, H, d]`.
     """
+    if can_use_varlen(query):
+        size = query.shape[-1]
+        if key_bias is not None:
+            query, key, value = append_key_bias(query, key, value, key_bias[:, None, None], scale)
+        bounds = _bounds(tuple(lengths), query.device)
+        return varlen_attention(query, key, value, bounds, max(lengths, default=0), scale)[..., :size]
     padded = [pad_clips(x, lengths) for x in (query, key, value)]
     real = padded[0][1]
     q, k, v = (x.transpose(1, 2) for x, _ in padded)  # [B, H, n, d]
@@ -39,6 +50,42 @@ def block_attention(
     elif len(set(lengths)) > 1:
         mask = real[:, None, None]
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)[real]
+
+
+def append_key_bias(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes a bias per key into further head channels, where any attention function adds it to the logits.
+
+    The queries get ones, the keys the bias over the scale: in two channels, so that half precision loses little of it.
+    Values get zeros, and so does the output beyond its own channels.
+
+    Args:
+        query: `[..., d]`.
+        key: `[..., d]`.
+        value: `[..., d]`.
+        key_bias: of the keys' shape, with one channel or none to broadcast.
+        scale: of the logits.
+
+    Returns:
+        The three with `d` raised to a multiple of 8.
+    """
+    bias = (key_bias.float() / scale).expand(*key.shape[:-1], 1)
+    high = bias.to(key.dtype)
+    low = (bias - high).to(key.dtype)
+    spare = _CHANNELS - 2 + -query.shape[-1] % _CHANNELS
+    ones = query.new_ones(*query.shape[:-1], 2)
+    return (
+        functional.pad(torch.cat([query, ones], dim=-1), (0, spare)),
+        functional.pad(torch.cat([key, high, low], dim=-1), (0, spare)),
+        functional.pad(value, (0, spare + 2)),
+    )
+
+
+@lru_cache(maxsize=128)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Gives where the blocks begin, and the end of the last, as int32; the same for every layer of a tower."""
+    return offsets(lengths, device).int()
 
 
 def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

@@ -14,15 +14,15 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.attention import append_key_bias
+
 PREFIX = "key_bias_"
-_CHANNELS = 8  # head sizes must be multiples of it for the fast kernels; two of them hold the bias
 
 
 def size_bias(sizes: Tensor, mask: Tensor) -> Tensor:
@@ -110,18 +110,10 @@ def _attend(
     scaling = size**-0.5 if scaling is None else scaling
     if key_bias is None:
         return attend(query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
-    bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0).float() / scaling
-    bias = F.pad(bias, (0, key.shape[2] - bias.shape[1]))[:, None, :, None].expand(
-        -1, key.shape[1], -1, 1
-    )  # [B, H, K, 1]
-    high = bias.to(key.dtype)
-    low = (bias - high).to(key.dtype)  # what bfloat16 loses of it
-    spare = _CHANNELS - 2 + -size % _CHANNELS
-    ones = query.new_ones(*query.shape[:-1], 2)
+    bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0)
+    bias = F.pad(bias, (0, key.shape[2] - bias.shape[1]))[:, None, :, None]  # [B, 1, K, 1]
     output, weights = attend(
-        F.pad(torch.cat([query, ones], dim=-1), (0, spare)),
-        F.pad(torch.cat([key, high, low], dim=-1), (0, spare)),
-        F.pad(value, (0, spare + 2)),
+        *append_key_bias(query, key, value, bias, scaling),
         attention_mask,
         *args,
         scaling=scaling,

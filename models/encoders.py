@@ -14,6 +14,7 @@ from ..compression.encoder import EncoderMethod
 from ..compression.stream import clip_ids, positions
 from . import parts
 from .layout import audio_lengths
+from .packed import is_packed, vision_plan
 from .tower import acting_layers, finish, front, pack, run_layers
 
 LAST_LAYER = frozenset({"encoder_keys", "encoder_attention"})  # what only the steps of the last layer give
@@ -65,7 +66,7 @@ def encode_audio(
     context = Context()
     # A projection that is trained is float32; beside a bfloat16 tower it takes part by autocast.
     with torch.autocast(device.type, dtype, enabled=tower.proj.weight.dtype != dtype):
-        if audio_hidden is None and whole:
+        if audio_hidden is None and whole and not is_packed(tower):
             with _last_states(tower) as captured:
                 features = _features(
                     thinker.get_audio_features(
@@ -121,7 +122,7 @@ def hidden_audio(
     mel_frames = feature_attention_mask.sum(dim=1)
     frames = ((mel_frames - 1) // 2 + 1).tolist()
     start = first_step(tower, needs, method)
-    if start == len(tower.layers):
+    if start == len(tower.layers) and not is_packed(tower):
         with _last_states(tower) as captured:
             encode_audio(thinker, input_features, feature_attention_mask)
         return list(captured[0].split(frames))
@@ -138,12 +139,16 @@ def pool_pairs(hidden: TokenStream, lengths: list[int]) -> Tensor:
 
 def encode_video(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
     """Runs the vision tower over all videos of a batch: `[V, D]` tokens (T * H * W / 4 of each)."""
+    tower = parts.vision_tower(thinker)
+    if is_packed(tower):
+        plan = vision_plan(tower, grid_thw.tolist(), pixel_values.device)
+        return _features(tower(pixel_values.to(tower.dtype), grid_thw=grid_thw, **plan))
     return _features(thinker.get_video_features(pixel_values, grid_thw, return_dict=True))
 
 
 def encode_image(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
     """Runs the vision tower over all images of a batch: `[V, D]` tokens."""
-    return _features(thinker.get_image_features(pixel_values, grid_thw, return_dict=True))
+    return encode_video(thinker, pixel_values, grid_thw)
 
 
 @contextmanager

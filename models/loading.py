@@ -14,6 +14,7 @@ from ..compression.base import LLMShape
 from ..compression.registry import from_description
 from . import parts, storage
 from .omni import CompressedOmni, check_compressor
+from .packed import use_packed_attention
 
 OMNI_SMALL = "omni-small"
 
@@ -56,6 +57,7 @@ def load(
         raise ValueError(f"options {', '.join(options)} go with a compressor's name, got {compressor!r}")
     if not saved:
         thinker, processor = load_base(name, weight_dtype)
+        use_packed_attention(thinker)
         if isinstance(compressor, str):
             compressor = build_for(thinker, compressor, **options)
         base = str(Path(name).resolve()) if Path(name).is_dir() else name
@@ -67,6 +69,7 @@ def load(
     manifest = storage.read_manifest(name)
     thinker, processor = load_base(base or manifest["base"]["name"], weight_dtype)
     storage.check_base(manifest["base"], thinker, name)
+    use_packed_attention(thinker)
     method, video = (
         None if manifest[key] is None else from_description(manifest[key]) for key in ("compressor", "video_compressor")
     )

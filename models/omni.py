@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,6 +89,7 @@ class CompressedOmni(nn.Module):
         self.video_compressor = video_compressor
         self.keep_ratios: tuple[float, ...] = ()
         self.seed = 0
+        self.step = 0  # of training: what is drawn at random is drawn anew at every step
         self.shrinkage = 1.0  # how far a schedule of training has brought the ratio down from 1
         self.base = base
         self.positions = positions
@@ -188,7 +190,7 @@ class CompressedOmni(nn.Module):
         return {name: p for name, p in module.named_parameters() if name not in frozen}
 
     def set_keep_ratios(self, keep_ratios: Sequence[float]) -> None:
-        """Trains for several ratios at once: every batch in training draws one (Matryoshka-style, 2503.06362).
+        """Trains for several ratios at once: every step of training draws one (Matryoshka-style, 2503.06362).
 
         Outside training the compressor's own ratio holds; `model.compressor = model.compressor.at(0.25)` changes it.
 
@@ -202,18 +204,21 @@ class CompressedOmni(nn.Module):
         self.keep_ratios = tuple(keep_ratios)
 
     def drawn_compressor(self) -> Compressor | None:
-        """Gives the compressor; in training at one of `keep_ratios`, drawn from torch's CPU generator, and as far down
+        """Gives the compressor; in training at the one of `keep_ratios` that `seed` and `step` draw, and as far down
         from 1 as `shrinkage` says.
         """
         if not self.training or self.compressor is None or not (self.keep_ratios or self.shrinkage < 1):
             return self.compressor
         ratios = self.keep_ratios or (self.compressor.config.keep_ratio,)
-        keep_ratio = ratios[int(torch.randint(len(ratios), ())) if len(ratios) > 1 else 0]
-        return self.compressor.at(shrunk(keep_ratio, self.shrinkage))
+        return self.compressor.at(shrunk(self._draw("ratio").choice(ratios), self.shrinkage))
 
     def drawn_seed(self) -> int:
         """Gives the seed of methods that draw at random: in training another one for every step."""
-        return int(torch.randint(2**31, ())) if self.training else self.seed
+        return self._draw("seed").getrandbits(31) if self.training else self.seed
+
+    def _draw(self, what: str) -> random.Random:
+        """Gives the generator of this step: the same for all batches of a step, in all processes, and when resumed."""
+        return random.Random(f"{what} {self.seed} {self.step}")
 
     # The way of the data.
 

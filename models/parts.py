@@ -31,6 +31,11 @@ def audio_tower(thinker: nn.Module) -> nn.Module:
     return find(thinker, AUDIO_TOWER)[1]
 
 
+def vision_tower(thinker: nn.Module) -> nn.Module:
+    """Gives the vision encoder."""
+    return find(thinker, VISION_TOWER)[1]
+
+
 def language_model(thinker: nn.Module) -> nn.Module:
     """Gives the LLM without its head."""
     return find(thinker, LANGUAGE_MODEL)[1]

@@ -69,6 +69,7 @@ def warm_up(
     with tqdm(total=steps, desc="warm-up by CTC") as bar:
         while len(losses) < steps:
             for batch in loader:
+                model.step = len(losses)
                 inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
                 loss = model.ctc_loss(**inputs)
                 optimizer.zero_grad()
@@ -199,27 +200,33 @@ class RunCallback(TrainerCallback):
             )
 
 
-class ShrinkCallback(TrainerCallback):
-    """Brings the keep ratio down from 1 by a cosine over the first steps (EViT, 2202.07800; TopK-AST, 2504.01690).
+class StepCallback(TrainerCallback):
+    """Tells the model its step, and brings the keep ratio down from 1 by a cosine over the first steps.
+
+    The schedule is that of EViT (2202.07800) and TopK-AST (2504.01690).
 
     Args:
-        model: whose `shrinkage` is set.
-        steps: over which.
+        model: whose `step` and `shrinkage` are set.
+        shrink_steps: over which the ratio comes down; 0 for none.
     """
 
-    def __init__(self, model: CompressedOmni, steps: int) -> None:
+    def __init__(self, model: CompressedOmni, shrink_steps: int = 0) -> None:
         self.model = model
-        self.steps = steps
+        self.shrink_steps = shrink_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Warns if training ends before the ratio is what it is evaluated at."""
-        if self.steps > state.max_steps:
-            log.warning("the keep ratio shrinks over %d steps, but training ends after %d", self.steps, state.max_steps)
+        if self.shrink_steps > state.max_steps:
+            log.warning(
+                "the keep ratio shrinks over %d steps, but training ends after %d", self.shrink_steps, state.max_steps
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Sets the share of the way that is done."""
-        done = min(1.0, state.global_step / self.steps)
-        self.model.shrinkage = (1 - math.cos(math.pi * done)) / 2
+        """Sets the step and the share of the way that is done."""
+        self.model.step = state.global_step
+        if self.shrink_steps:
+            done = min(1.0, state.global_step / self.shrink_steps)
+            self.model.shrinkage = (1 - math.cos(math.pi * done)) / 2
 
 
 def last_checkpoint(folder: Path) -> Path | None:

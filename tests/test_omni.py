@@ -276,7 +276,7 @@ def test_saved_and_loaded_whole(tiny_base, tmp_path):
     names = {n.split(".")[0] for n in load_file(next((tmp_path / "saved").glob("*.safetensors")))}
     assert names == {"compressor", "adapter", "projector", "alignment"}  # ours alone; the base by reference
     again = CompressedOmni.from_pretrained(tmp_path / "saved", device="cpu")
-    assert torch.equal(again(**batch).logits, logits)
+    torch.testing.assert_close(again(**batch).logits, logits, rtol=1e-4, atol=1e-4)  # its towers are packed
     assert torch.equal(again.generate(**batch, **GREEDY), expected)
     assert again.compressor.describe() == model.compressor.describe()
     manifest = json.loads((tmp_path / "saved" / "audiopress.json").read_text())
@@ -305,7 +305,8 @@ def test_a_full_disk_while_saving_loses_nothing(tiny_base, tmp_path, monkeypatch
         model.save_pretrained(tmp_path)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path / "new")
-    assert torch.equal(CompressedOmni.from_pretrained(tmp_path, device="cpu")(**batch).logits, expected)
+    found = CompressedOmni.from_pretrained(tmp_path, device="cpu")(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="holds no saved audiopress model"):
         CompressedOmni.from_pretrained(tmp_path / "new", base="tiny", device="cpu")
     assert not list(tmp_path.rglob("*partial*"))

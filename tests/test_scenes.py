@@ -174,13 +174,11 @@ def test_without_a_scene_all_is_audio(name):
 @pytest.mark.parametrize("name", ["omnizip", "omnisift"])
 def test_rates(name):
     usual = build(name, hidden_size=12).config
-    assert build(name, hidden_size=12, keep_ratio=0.2).config.rho_a is None
+    assert build(name, hidden_size=12, keep_ratio=0.2).config.kept == usual.kept
     assert build(name, hidden_size=12, rho_a=usual.rho_a, rho_v=usual.rho_v).config == usual
-    assert build(f"{name}:{next(iter(build(name, hidden_size=12).presets))}", hidden_size=12, keep_ratio=0.2)
+    assert build(name, hidden_size=12, rho_a=0.2, rho_v=0.5, keep_ratio=0.9).budget([100]) == (90,)
     with pytest.raises(ValueError, match="rho_a and rho_v go together"):
         build(name, hidden_size=12, rho_a=0.2)
-    with pytest.raises(ValueError, match=r"give keep_ratio 0\.\d+, but keep_ratio is 0.9"):
-        build(name, hidden_size=12, rho_a=0.2, rho_v=0.5, keep_ratio=0.9)
     with pytest.raises(ValueError, match=r"rho_v must be in \[0, 1\]"):
         build(name, hidden_size=12, rho_a=0.2, rho_v=1.5)
 
@@ -190,3 +188,12 @@ def test_films():
     assert len(SAMPLES["papers"]) == 150 + 36
     assert [r[2] for r in SAMPLES["odd"] if r[0]][::9] == [0, 32, 65, 97, 130]
     assert {r[1] for r in second_film(film(2))} == {0, 1}
+
+
+def test_another_ratio_keeps_how_audio_and_video_share_it():
+    first = build("omnizip", hidden_size=8, rho_a=0.8, rho_v=0.1)
+    other = first.at(0.3)
+    assert other.config.keep_ratio == 0.3
+    assert other.config.kept == first.config.kept
+    assert first.at(first.config.keep_ratio).config == first.config
+    assert build("omnizip:35", hidden_size=8, keep_ratio=0.2).config.rho_a == 0.4

@@ -1,0 +1,52 @@
+"""Attention inside packed blocks without padding, by flash attention where there is one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+_MULTIPLE = 8  # of the head size, which the kernel asks for
+
+
+@cache
+def _kernel() -> Callable[..., Any] | None:
+    """Gives torch's variable-length attention, whose signature moved between releases; None before it came (2.10)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def can_use_varlen(query: Tensor) -> bool:
+    """Tells whether `varlen_attention` takes these queries: on a GPU, in half precision, with a fitting head size."""
+    return query.is_cuda and query.dtype in _HALF and query.shape[-1] % _MULTIPLE == 0 and _kernel() is not None
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+    """Attends inside each block, bidirectionally, in one call that never pads and never waits for the GPU.
+
+    Args:
+        query: `[N, H, d]`, on a GPU.
+        key: `[N, H, d]`.
+        value: `[N, H, d]`.
+        bounds: `[B + 1]` int32, where the blocks begin, and the end of the last.
+        longest: states of the longest block.
+        scale: of the logits.
+
+    Returns:
+        `[N, H, d]`.
+    """
+    kernel = _kernel()
+    assert kernel is not None
+    blocks = (bounds, bounds, longest, longest)
+    if "scale" in inspect.signature(kernel).parameters:
+        return kernel(query, key, value, *blocks, scale=scale)
+    # The oldest form has a fixed scale of 1/sqrt(d): the queries carry the difference.
+    return kernel(query * (scale * query.shape[-1] ** 0.5), key, value, *blocks)

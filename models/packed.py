@@ -1,0 +1,86 @@
+"""Both towers with one attention call per layer, and with what depends on the grids alone computed once.
+
+Without flash-attn, transformers' towers loop in Python over their attention blocks and windows, in every layer. They
+hand all of them over in one call when the name of their attention function says "flash"; the one registered here runs
+torch's own variable-length flash attention on a GPU, and elsewhere pads the blocks to one batch. What the vision tower
+would compute from the grids on the host, it takes as arguments; the audio tower is run by the steps of `tower.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..kernels import block_attention
+from ..kernels.varlen import can_use_varlen, varlen_attention
+from . import parts
+
+NAME = "audiopress_packed_flash"
+
+
+def use_packed_attention(thinker: nn.Module) -> None:
+    """Switches both towers to packed attention; their results stay the same up to rounding."""
+    AttentionInterface.register(NAME, _attend)
+    for tower in (parts.audio_tower(thinker), parts.vision_tower(thinker)):
+        tower.config._attn_implementation = NAME
+
+
+def is_packed(tower: nn.Module) -> bool:
+    """Tells whether a tower was switched."""
+    return bool(tower.config._attn_implementation == NAME)
+
+
+def vision_plan(tower: nn.Module, grid_thw: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
+    """Gives what the vision tower derives from grids: positions, windows and frames. Kept for grids seen before."""
+    config = tower.config
+    sizes = (config.spatial_merge_size, config.window_size, config.patch_size)
+    return dict(_vision_plan(type(tower), tuple(map(tuple, grid_thw)), *sizes, device))
+
+
+@lru_cache(maxsize=32)
+def _vision_plan(
+    tower: type, grids: tuple[tuple[int, ...], ...], merge: int, window: int, patch: int, device: torch.device
+) -> dict[str, Any]:
+    theirs: Any = inspect.getmodule(tower)
+    grid = torch.tensor(grids)
+    index, windows = theirs.get_vision_window_index(
+        grid, spatial_merge_size=merge, window_size=window, patch_size=patch
+    )
+    frames = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0])
+    return {
+        "position_ids": theirs.get_vision_position_ids(grid, merge).to(device),
+        "window_index": index.to(device),
+        "cu_window_seqlens": windows.to(device),
+        "max_window_seqlen": int(windows.diff().max()),
+        "cu_seqlens": _bounds(frames).to(device),
+        "max_seqlen": int(frames.max()),
+    }
+
+
+def _bounds(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attends inside the blocks of one packed sequence `[1, H, N, d]`; gives `[1, N, H, d]`."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if can_use_varlen(q):
+        return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+    return block_attention(q, k, v, cu_seq_lens_q.diff().tolist(), scaling)[None], None

@@ -1,0 +1,258 @@
+"""The Triton kernels against float64: on a GPU, and on the CPU through Triton's interpreter.
+
+The interpreter must be asked for before Triton is imported, so `test_in_the_interpreter` runs this file in a process
+of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+
+from audiopress.kernels import adjacent_cosine, attention_received, segment_mean, segment_merge
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+EPS = torch.finfo(torch.float32).eps
+# The interpreter truncates to bfloat16 where a GPU rounds, and cannot multiply matrices of it.
+DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+WIDTHS = [96, 33] if INTERPRETED else [3584, 2048, 1280, 576, 96, 33]
+LENGTHS = (0, 1, 2, 0, 7, 1) if INTERPRETED else (0, 1, 2, 0, 13, 127, 750, 6422, 1)
+
+on_device = pytest.mark.gpu if not INTERPRETED else lambda test: test
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_width = pytest.mark.parametrize("width", WIDTHS)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fills new memory with NaN, or the largest whole number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def runs(rows, seed=0):
+    """Cuts rows into runs of 1 to 6, and one of 40."""
+    counts = torch.randint(1, 7, (rows,), generator=torch.Generator().manual_seed(seed))
+    counts[min(3, rows - 1)] = 40
+    ends = counts.cumsum(0).clamp(max=rows)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return counts[counts > 0].to(DEVICE)
+
+
+def check(found, torch_found, want):
+    """Asserts shape, dtype, infinities and an error of at most twice torch's."""
+    assert (found.shape, found.dtype) == (torch_found.shape, torch_found.dtype)
+    finite = want.isfinite()
+    assert torch.equal(found.isfinite(), finite)
+    scale = want[finite].abs().max() if finite.any() else 1
+
+    def error(x):
+        return float(((x.double() - want)[finite].abs() / scale).max()) if finite.any() else 0
+
+    assert error(found) <= 2 * error(torch_found) + EPS
+
+
+def with_gradient(function, inputs, grad):
+    """Gives the result and the inputs' gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return out.detach(), torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def cosine_in_fp64(embeds, lengths):
+    clips = [functional.normalize(x, dim=1) for x in embeds.double().split(lengths)]
+    return torch.cat([functional.pad((x[:-1] * x[1:]).sum(1), (0, min(1, len(x))), value=-torch.inf) for x in clips])
+
+
+def mean_in_fp64(embeds, weights, counts):
+    parts = zip(embeds.double().split(counts.tolist()), weights.double().split(counts.tolist()), strict=True)
+    return torch.stack([(w[:, None] * x).sum(0) / w.sum() for x, w in parts])
+
+
+def received_in_fp64(query, key, lengths, scale, causal):
+    received = []
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    for q, k in zip(query.double().split(lengths), key.double().split(lengths), strict=True):
+        total = torch.zeros(len(q), dtype=torch.double, device=q.device)
+        for head in range(q.shape[1]):
+            logits = q[:, head] @ k[:, head].T * scale
+            if causal:
+                logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+            total += logits.softmax(dim=1).sum(dim=0)
+        received.append(total / q.shape[1])
+    return torch.cat(received)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    # No conftest: it imports models, which this file does without.
+    command = ["pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib", __file__]
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-P", "-m", *command], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@on_device
+@each_dtype
+@each_width
+def test_adjacent_cosine(width, dtype):
+    embeds, grad = randn(sum(LENGTHS), width, dtype=dtype), randn(sum(LENGTHS), seed=1)
+    embeds[1:] += embeds[:-1].clone()
+    embeds[3] = 0  # a clip's last token
+    want, (want_grad,) = with_gradient(lambda x: cosine_in_fp64(x, LENGTHS), [embeds], grad)
+    (found, (found_grad,)), (plain, (plain_grad,)) = (
+        with_gradient(lambda x, b=b: adjacent_cosine(x, LENGTHS, b), [embeds], grad) for b in ("triton", "torch")
+    )
+    check(found, plain, want)
+    large = want_grad.abs() > 1e6  # of the token of zeros, whose norm is taken as 1e-12
+    assert large.any(dim=1).nonzero()[:, 0].tolist() in ([], [3])
+    for x in (found_grad, plain_grad, want_grad):
+        x[3] = 0
+    check(found_grad, plain_grad, want_grad)
+
+
+@on_device
+def test_equal_pairs_have_equal_cosines():
+    pair = randn(2, 96, dtype=DTYPES[0])
+    found = adjacent_cosine(pair.repeat(9, 1), (6, 12), "triton")
+    assert len(set(found.tolist())) == 2  # one cosine, whichever token comes first, and -inf
+    assert adjacent_cosine(torch.zeros_like(pair), (2,), "triton").tolist() == [0, -torch.inf]
+
+
+@on_device
+def test_clips_do_not_touch_each_other():
+    embeds = randn(sum(LENGTHS), 96)
+    whole = adjacent_cosine(embeds, LENGTHS, "triton").split(LENGTHS)
+    for clip, part in zip(embeds.split(LENGTHS), whole, strict=True):
+        assert torch.equal(adjacent_cosine(clip, (len(clip),), "triton"), part)
+
+
+@on_device
+@each_dtype
+@each_width
+def test_segment_mean(width, dtype):
+    rows = sum(LENGTHS)
+    counts, weights = runs(rows), randn(rows, seed=1).abs() + 0.1
+    embeds, grad = randn(rows, width, dtype=dtype), randn(len(counts), width, seed=2)
+    want, want_grads = with_gradient(lambda x, w: mean_in_fp64(x, w, counts), [embeds, weights], grad.to(dtype))
+    (found, found_grads), (plain, plain_grads) = (
+        with_gradient(lambda x, w, b=b: segment_mean(x, w, counts, b), [embeds, weights], grad)
+        for b in ("triton", "torch")
+    )
+    for x in zip((found, *found_grads), (plain, *plain_grads), (want, *want_grads), strict=True):
+        check(*(y.double() if y is x[2] else y for y in x))
+    single = counts == 1
+    assert torch.equal(found[single], embeds[(counts.cumsum(0) - 1)[single]])
+
+
+@on_device
+@pytest.mark.parametrize("sizes", ["whole", "fractions"])
+def test_segment_merge(sizes):
+    rows = sum(LENGTHS)
+    embeds, counts, slots = randn(rows, 96, dtype=DTYPES[0]), runs(rows), torch.arange(rows, device=DEVICE) * 3
+    weights = randn(rows, seed=1).abs() + 0.1
+    weights = weights.ceil() if sizes == "whole" else weights
+    found, plain = (segment_merge(embeds, slots, weights, counts, b) for b in ("triton", "torch"))
+    check(found[0], plain[0], mean_in_fp64(embeds, weights, counts))
+    assert torch.equal(found[1], plain[1])
+    assert found[1].dtype == torch.int64
+    check(found[2], plain[2], torch.stack([w.double().sum() for w in weights.split(counts.tolist())]))
+
+
+@on_device
+@each_dtype
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "size", "heads", "key_heads"),
+    [((0, 1, 2, 7), 12, 2, 2), ((40, 17), 16, 2, 1)]
+    if INTERPRETED
+    else [((100,) * 20 + (0, 1, 2, 63), 64, 20, 20), ((750, 1, 0, 127, 300), 128, 28, 4), ((1999,), 128, 4, 2)],
+)
+def test_attention_received(lengths, size, heads, key_heads, causal, dtype, monkeypatch):
+    if INTERPRETED:  # more than one tile
+        from audiopress.kernels import triton_received
+
+        monkeypatch.setattr(triton_received, "TILE", 32)
+        monkeypatch.setattr(triton_received, "STEP", 16)
+    q, k = randn(sum(lengths), heads, size, dtype=dtype), randn(sum(lengths), key_heads, size, dtype=dtype, seed=1)
+    scale = 2 * size**-0.5
+    found, plain = (attention_received(q, k, lengths, scale, causal, b) for b in ("triton", "torch"))
+    check(found, plain, received_in_fp64(q, k, lengths, scale, causal))
+    for part in found.split(lengths):
+        if len(part):
+            assert float(part.mean()) == pytest.approx(1, abs=1e-5)
+
+
+@on_device
+def test_strided_inputs():
+    wide = randn(60, 192, dtype=DTYPES[0])
+    counts, weights = runs(30), (randn(60, seed=1).abs() + 0.1)[::2]
+    for x in (wide[::2, :96], wide[::2, ::2], wide[:30, :96].T.contiguous().T):
+        same = x.contiguous()
+        grad = randn(30, seed=2)
+        for function, g in (
+            (lambda x: adjacent_cosine(x, (30,), "triton"), grad),
+            (lambda x: segment_mean(x, weights, counts, "triton"), grad[: len(counts), None].expand(-1, 96)),
+        ):
+            (a, (da,)), (b, (db,)) = with_gradient(function, [x], g), with_gradient(function, [same], g)
+            assert torch.equal(a, b)
+            assert torch.equal(da, db)
+    heads = randn(4, 30, 32, dtype=DTYPES[0])
+    for x in (heads.transpose(0, 1), heads[:, :, ::2].transpose(0, 1)):
+        found, same = (attention_received(y, y, (30,), 0.2, backend="triton") for y in (x, x.contiguous()))
+        assert torch.equal(found, same)
+
+
+@on_device
+def test_nothing_to_do():
+    none = torch.empty(0, 8, device=DEVICE)
+    counts = torch.empty(0, dtype=torch.long, device=DEVICE)
+    assert adjacent_cosine(none, (0, 0), "triton").shape == (0,)
+    assert segment_mean(none, none[:, 0], counts, "triton").shape == (0, 8)
+    assert [len(x) for x in segment_merge(none, counts, none[:, 0], counts, "triton")] == [0, 0, 0]
+    assert attention_received(none[:, None], none[:, None], (0,), 1.0, backend="triton").shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_nothing_waits_for_the_gpu():
+    embeds, weights, counts = randn(300, 96).requires_grad_(), torch.ones(300, device=DEVICE), runs(300)
+    q, slots = randn(300, 2, 32), torch.arange(300, device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cosine = adjacent_cosine(embeds, (100, 200), "triton")
+        mean = segment_merge(embeds, slots, weights, counts, "triton")[0]
+        attention_received(q, q, (100, 200), 1.0, backend="triton")
+        torch.autograd.grad([cosine, mean], embeds, [torch.ones_like(cosine), torch.ones_like(mean)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on the CPU")
+def test_backends(monkeypatch):
+    x = torch.randn(5, 8)
+    assert torch.equal(adjacent_cosine(x, (5,)), adjacent_cosine(x, (5,), "torch"))
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+        adjacent_cosine(x, (5,), "cuda")
+    if sys.platform == "linux":
+        with pytest.raises(ValueError, match="'triton' needs a tensor on a GPU, got one on cpu"):
+            adjacent_cosine(x, (5,), "triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match="triton"):
+        adjacent_cosine(x, (5,), "triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton is imported")
+def test_importing_the_kernels_leaves_triton_alone():
+    code = "import sys, audiopress.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-I", "-c", code], check=False).returncode == 0
