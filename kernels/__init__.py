@@ -1,10 +1,11 @@
-"""Packed operations on token streams: a readable torch reference per operation."""
+"""Packed operations on token streams: a readable torch reference per operation, and Triton kernels for some."""
 
-from .attention import attention_received, block_attention
+from .attention import block_attention
 from .greedy import farthest_first, greedy_map
 from .merge import merge_chains, merge_pairs, nest_runs, run_lengths
 from .packed import clip_ids, offsets, positions, unfold
-from .segment import segment_centres, segment_mean, segment_reduce, segment_softmax
+from .received import attention_received
+from .segment import segment_centres, segment_mean, segment_merge, segment_reduce, segment_softmax
 from .select import TIE, adjacent_cosine, evenly, most_alike, pad_clips, top_k
 from .ward import ward_exact, ward_greedy
 
@@ -27,6 +28,7 @@ __all__ = [
     "run_lengths",
     "segment_centres",
     "segment_mean",
+    "segment_merge",
     "segment_reduce",
     "segment_softmax",
     "top_k",

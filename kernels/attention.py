@@ -1,4 +1,4 @@
-"""Attention inside blocks of packed states, and how much of it each state receives."""
+"""Attention inside blocks of packed states."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from .select import pad_clips
 from .varlen import can_use_varlen, varlen_attention
 
 _CHANNELS = 8  # head sizes must be multiples of it for the fast kernels
-
-_MAP_ENTRIES = 2**26  # of the attention maps held at once, a quarter of a gigabyte in float32
 
 
 def block_attention(
@@ -86,35 +84,3 @@ def append_key_bias(
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Gives where the blocks begin, and the end of the last, as int32; the same for every layer of a tower."""
     return offsets(lengths, device).int()
-
-
-def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """Gives the attention every state receives inside its block: the mean over heads of softmax(QK^T)'s column sums.
-
-    A column's mean over the n queries of its block averages 1/n; times n it averages 1 whatever the block, which makes
-    states of different blocks comparable. That product is the column's sum.
-
-    Args:
-        query: `[N, H, d]`.
-        key: `[N, H, d]`.
-        lengths: states per block, that sum to N.
-        scale: of the logits.
-
-    Returns:
-        `[N]` float32; the mean over a block is 1.
-    """
-    received = []
-    longest = max(lengths, default=0)
-    at_once = max(1, _MAP_ENTRIES // max(1, query.shape[1] * longest**2))
-    start = 0
-    for first in range(0, len(lengths), at_once):
-        some = lengths[first : first + at_once]
-        stop = start + sum(some)
-        q, real = pad_clips(query[start:stop].float(), some)
-        k, _ = pad_clips(key[start:stop].float(), some)
-        with torch.autocast(q.device.type, enabled=False):  # methods decide by it
-            logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-        weights = logits.masked_fill(~real[:, None, None], -torch.inf).softmax(dim=-1)
-        received.append((weights * real[:, None, :, None]).sum(dim=2).mean(dim=1)[real])
-        start = stop
-    return torch.cat([query.new_empty(0, dtype=torch.float32), *received])

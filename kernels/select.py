@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .backend import use_triton
 from .packed import clip_ids, offsets, positions
 
 TIE = 1e-6  # cosines, and squared norms of parts of unit vectors, that float32 does not tell apart
@@ -45,13 +47,20 @@ def evenly(lengths: Sequence[int], budget: Sequence[int]) -> Tensor:
     return offsets(lengths)[clips] + (2 * positions(budget) + 1) * n // (2 * m)
 
 
-def adjacent_cosine(embeds: Tensor, lengths: Sequence[int]) -> Tensor:
+def adjacent_cosine(embeds: Tensor, lengths: Sequence[int], backend: str = "auto") -> Tensor:
     """Gives the cosine between each token and the next of its clip, `[N]` float32; -inf at a clip's last token.
 
     Args:
         embeds: `[N, D]`; a token of zeros has cosine 0.
         lengths: tokens per clip, C numbers that sum to N.
+        backend: "auto", "torch" or "triton".
     """
+    if use_triton(backend, embeds) and embeds.numel():
+        from .triton_cosine import AdjacentCosine
+
+        last = torch.tensor([end - 1 for n, end in zip(lengths, accumulate(lengths), strict=True) if n])
+        cosine: Tensor = AdjacentCosine.apply(embeds, last.to(embeds.device, non_blocking=True))
+        return cosine
     unit = functional.normalize(embeds.float(), dim=1)
     cosine = functional.pad((unit[:-1] * unit[1:]).sum(dim=1), (0, min(1, len(embeds))), value=-torch.inf)
     clips = clip_ids(lengths, embeds.device)

@@ -1,0 +1,62 @@
+"""The attention that states receive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backend import use_triton
+from .select import pad_clips
+
+_MAP_ENTRIES = 2**26  # of the attention maps held at once, a quarter of a gigabyte in float32
+
+
+@torch.no_grad()
+def attention_received(
+    query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, causal: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Gives the attention every state receives inside its block: the mean over heads of softmax(QK^T)'s column sums.
+
+    A column's mean over the n queries of its block averages 1/n; times n it averages 1 whatever the block, which makes
+    states of different blocks comparable. That product is the column's sum. It decides what is kept: no gradient
+    passes through it.
+
+    Args:
+        query: `[N, H, d]`.
+        key: `[N, K, d]`, where H is a multiple of K: each key head serves H / K query heads that follow one another.
+        lengths: states per block, that sum to N; one block is a whole sequence.
+        scale: of the logits.
+        causal: a state attends to itself and those before it, not to its whole block.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        `[N]` float32; the mean over a block is 1.
+    """
+    if use_triton(backend, query) and len(query):
+        from . import triton_received
+
+        return triton_received.attention_received(query, key, lengths, scale, causal)
+    received = []
+    heads, longest = query.shape[1], max(lengths, default=0)
+    at_once = max(1, _MAP_ENTRIES // max(1, heads * longest**2))  # blocks
+    rows = max(1, _MAP_ENTRIES // max(1, heads * longest))  # queries, of a block that is too large by itself
+    start = 0
+    for first in range(0, len(lengths), at_once):
+        some = lengths[first : first + at_once]
+        stop = start + sum(some)
+        q, real = pad_clips(query[start:stop].float(), some)
+        k, _ = pad_clips(key[start:stop].float().repeat_interleave(heads // key.shape[1], dim=1), some)
+        columns = q.new_zeros(len(some), heads, q.shape[1])
+        for top in range(0, q.shape[1], rows):
+            with torch.autocast(q.device.type, enabled=False):  # methods decide by it
+                logits = torch.einsum("bqhd,bkhd->bhqk", q[:, top : top + rows], k) * scale
+            hidden = ~real[:, None, None]
+            if causal:
+                hidden = hidden | torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).triu(1 + top)
+            weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            columns += (weights * real[:, None, top : top + rows, None]).sum(dim=2)
+        received.append(columns.mean(dim=1)[real])
+        start = stop
+    return torch.cat([query.new_empty(0, dtype=torch.float32), *received])

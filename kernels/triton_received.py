@@ -1,0 +1,200 @@
+"""Triton kernels of `attention_received`: softmax(QK^T)'s column sums without the map.
+
+A softmax needs a row's maximum and sum before the first column can be added up. `_rows` finds them, a program for
+`TILE` queries, and `_columns` computes the logits again, a program for `TILE` keys. Where every block is a single tile
+`_blocks` does both at once. Logits are in base 2; products of half precision are exact in the float32 they add up in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE, STEP, WARPS, STAGES = 128, 64, 8, 3  # a program's own rows, those it runs over
+EXACT_TILE = 32  # of float32, whose products the matrix units would round
+
+
+@triton.jit
+def _load(x, row, n, stride, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    column = tl.arange(0, PADDED)
+    mask = (row < n)[:, None] & (column < SIZE)[None, :]
+    return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _rows(
+    query,
+    key,
+    bounds,
+    peaks,
+    shares,
+    total,
+    query_stride,
+    query_head,
+    key_stride,
+    key_head,
+    group,
+    tiles,
+    scale,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    head = tl.program_id(1)
+    block, tile = tl.program_id(0) // tiles, tiles - 1 - tl.program_id(0) % tiles  # if causal, long rows first
+    start = tl.load(bounds + block)
+    n = (tl.load(bounds + block + 1) - start).to(tl.int32)
+    if tile * TILE >= n:
+        return
+    query += start * query_stride + head * query_head
+    key += start * key_stride + head // group * key_head
+    row, step = tile * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
+    q = _load(query, row, n, query_stride, SIZE, PADDED)
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    summed = tl.zeros([TILE], tl.float32)
+    stop = tl.minimum(n, (tile + 1) * TILE) if CAUSAL else n
+    whole = (tile * TILE if CAUSAL else n) // STEP * STEP
+    for first in range(0, whole, STEP):
+        k = _load(key, first + step, n, key_stride, SIZE, PADDED)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        summed = summed * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), axis=1)
+        peak = higher
+    for first in range(whole, stop, STEP):
+        column = first + step
+        k = _load(key, column, n, key_stride, SIZE, PADDED)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = (column < n)[None, :]
+        if CAUSAL:
+            seen &= column[None, :] <= row[:, None]
+        logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        summed = summed * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), axis=1)
+        peak = higher
+    at = head * total + start + row
+    tl.store(peaks + at, peak, mask=row < n)
+    tl.store(shares + at, 1 / summed, mask=row < n)
+
+
+@triton.jit
+def _columns(
+    query,
+    key,
+    bounds,
+    peaks,
+    shares,
+    received,
+    total,
+    query_stride,
+    query_head,
+    key_stride,
+    key_head,
+    group,
+    tiles,
+    scale,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    head = tl.program_id(1)
+    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    start = tl.load(bounds + block)
+    n = (tl.load(bounds + block + 1) - start).to(tl.int32)
+    if tile * TILE >= n:
+        return
+    query += start * query_stride + head * query_head
+    key += start * key_stride + head // group * key_head
+    column, step = tile * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
+    k = _load(key, column, n, key_stride, SIZE, PADDED)
+    weights = tl.zeros([STEP, TILE], tl.float32)
+    whole = 0
+    if CAUSAL:
+        whole = tl.minimum((tile + 1) * TILE, tl.cdiv(n, STEP) * STEP)
+        for first in range(tile * TILE, whole, STEP):
+            row = first + step
+            at = head * total + start + row
+            q = _load(query, row, n, query_stride, SIZE, PADDED)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            peak = tl.load(peaks + at, mask=row < n, other=0)
+            share = tl.load(shares + at, mask=row < n, other=0)
+            logits = tl.where(column[None, :] <= row[:, None], logits - peak[:, None], float("-inf"))
+            weights += tl.exp2(logits) * share[:, None]
+    for first in range(whole, n, STEP):
+        row = first + step
+        at = head * total + start + row
+        q = _load(query, row, n, query_stride, SIZE, PADDED)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        peak = tl.load(peaks + at, mask=row < n, other=0)
+        share = tl.load(shares + at, mask=row < n, other=0)  # none of a row that is not there
+        weights += tl.exp2(logits - peak[:, None]) * share[:, None]
+    tl.store(received + head * total + start + column, tl.sum(weights, axis=0), mask=column < n)
+
+
+@triton.jit
+def _blocks(
+    query,
+    key,
+    bounds,
+    received,
+    total,
+    query_stride,
+    query_head,
+    key_stride,
+    key_head,
+    group,
+    scale,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    head = tl.program_id(1)
+    start = tl.load(bounds + tl.program_id(0))
+    n = (tl.load(bounds + tl.program_id(0) + 1) - start).to(tl.int32)
+    at = tl.arange(0, TILE)
+    q = _load(query + start * query_stride + head * query_head, at, n, query_stride, SIZE, PADDED)
+    k = _load(key + start * key_stride + head // group * key_head, at, n, key_stride, SIZE, PADDED)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    seen = (at < n)[None, :] | (at >= n)[:, None]  # a query that is not there sees zeros, for a softmax without NaN
+    if CAUSAL:
+        seen &= at[None, :] <= at[:, None]
+    logits = tl.where(seen, logits, float("-inf"))
+    weights = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
+    share = tl.where(at < n, 1 / tl.sum(weights, axis=1), 0)
+    tl.store(received + head * total + start + at, tl.sum(weights * share[:, None], axis=0), mask=at < n)
+
+
+def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, causal: bool) -> Tensor:
+    """As the reference; N > 0."""
+    query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
+    rows, heads, size = query.shape
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(query.device, non_blocking=True)
+    received = query.new_empty(heads, rows, dtype=torch.float32)
+    strides = (*query.stride()[:2], *key.stride()[:2], heads // key.shape[1])
+    scale *= math.log2(math.e)
+    sizes: dict[str, Any] = {"SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "CAUSAL": causal}
+    longest = max(lengths)
+    tile, step = (TILE, STEP) if query.dtype.itemsize == 2 else (EXACT_TILE, EXACT_TILE)
+    if longest <= tile:
+        tile = max(16, triton.next_power_of_2(longest))
+        _blocks[(len(lengths), heads)](
+            query, key, bounds, received, rows, *strides, scale, **sizes, TILE=tile, num_warps=WARPS
+        )
+        return received.mean(dim=0)
+    peaks, shares = torch.empty_like(received), torch.empty_like(received)
+    tiles = triton.cdiv(longest, tile)
+    sizes |= {"TILE": tile, "STEP": step, "num_warps": WARPS, "num_stages": STAGES}
+    grid = (len(lengths) * tiles, heads)
+    _rows[grid](query, key, bounds, peaks, shares, rows, *strides, tiles, scale, **sizes)
+    _columns[grid](query, key, bounds, peaks, shares, received, rows, *strides, tiles, scale, **sizes)
+    return received.mean(dim=0)
