@@ -36,7 +36,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 
 import audiopress
-from audiopress.benchmarks.report import draw, environment, peak_memory, row, table
+from audiopress.benchmarks.environment import environment, peak_memory
+from audiopress.benchmarks.report import draw, row, table
 from audiopress.benchmarks.scoring import evaluate, to_device, usable, with_other_audio
 from audiopress.compression import Compressor
 from audiopress.compression.base import LLMShape

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from audiopress.benchmarks.report import environment, peak_memory
+from audiopress.benchmarks.environment import environment, peak_memory
 from audiopress.compression import Compressor, Context, TokenStream, available, build
 from audiopress.compression.base import TOKENS_PER_SECOND, Prompt, Scene
 from audiopress.compression.registry import QWEN_7B

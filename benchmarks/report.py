@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
-import subprocess
 import sys
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +23,6 @@ from audiopress.data.media import read_audio
 from audiopress.data.records import Record
 from audiopress.models import CompressedOmni
 from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, Kind
-
-
-def peak_memory(device: torch.device) -> int:
-    """Gives the most bytes held so far: on a GPU those of tensors, on a CPU those of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def row(result: Evaluation) -> dict[str, Any]:
@@ -105,25 +92,6 @@ def audio_tokens(model: CompressedOmni, inputs: dict[str, Any]) -> tuple[TokenSt
         own = None if sizes is None else sizes[heard].cpu()
         streams.append(TokenStream(torch.zeros(len(slots), 1), (len(slots),), slots, own))
     return streams[0], streams[1]
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Gives what a number depends on besides the settings: time, commit, versions and machine."""
-    root = Path(__file__).parents[1]
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return {
-        "schema": 1,
-        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
-    }
 
 
 def publish(run: Path, root: Path) -> None:
