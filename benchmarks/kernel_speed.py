@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from audiopress.benchmarks.environment import environment
 from audiopress.kernels import adjacent_cosine, attention_received, segment_merge
-from audiopress.kernels.packed import offsets
+from audiopress.kernels.packed import bounds
 from audiopress.kernels.varlen import varlen_attention
 
 BACKENDS = ("eager", "compile", "triton", "copy", "flash")
@@ -97,7 +97,7 @@ def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: i
     q, k, v = (torch.randn(n, h, size, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads))
 
     def flash() -> Tensor:
-        return varlen_attention(q, k, v, offsets(lengths, q.device).int(), max(lengths), scale)
+        return varlen_attention(q, k, v, bounds(lengths, q.device), max(lengths), scale)
 
     def causal_flash() -> Tensor:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):

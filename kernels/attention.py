@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .packed import offsets
+from .packed import bounds
 from .select import pad_clips
 from .varlen import can_use_varlen, varlen_attention
 
@@ -36,8 +35,8 @@ def block_attention(
         size = query.shape[-1]
         if key_bias is not None:
             query, key, value = append_key_bias(query, key, value, key_bias[:, None, None], scale)
-        bounds = _bounds(tuple(lengths), query.device)
-        return varlen_attention(query, key, value, bounds, max(lengths, default=0), scale)[..., :size]
+        blocks = bounds(tuple(lengths), query.device)
+        return varlen_attention(query, key, value, blocks, max(lengths, default=0), scale)[..., :size]
     padded = [pad_clips(x, lengths) for x in (query, key, value)]
     real = padded[0][1]
     q, k, v = (x.transpose(1, 2) for x, _ in padded)  # [B, H, n, d]
@@ -78,9 +77,3 @@ def append_key_bias(
         functional.pad(torch.cat([key, high, low], dim=-1), (0, spare)),
         functional.pad(value, (0, spare + 2)),
     )
-
-
-@lru_cache(maxsize=128)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Gives where the blocks begin, and the end of the last, as int32; the same for every layer of a tower."""
-    return offsets(lengths, device).int()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ def clip_ids(lengths: Sequence[int], device: torch.device | None = None) -> Tens
 
 def offsets(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Gives where each clip starts, and the end of the last: `[C + 1]` int64, as flash attention's `cu_seqlens`."""
-    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0).to(device)
+    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=128)
+def bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Gives `offsets` as int32, and the same tensor for the same lengths: every layer of a tower asks for it."""
+    return offsets(lengths, device).int()
 
 
 def positions(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS, CHUNK, WARPS = 8, 256, 4
+ROWS, CHUNK, WARPS = 4, 256, 4
 EPS = tl.constexpr(1e-12)  # the least norm, as in torch's normalize
 
 

@@ -16,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .packed import bounds
+
 TILE, STEP, WARPS, STAGES = 128, 64, 8, 3  # a program's own rows, those it runs over
+BLOCK_WARPS = 4
 EXACT_TILE = 32  # of float32, whose products the matrix units would round
 
 
@@ -31,7 +34,7 @@ def _load(x, row, n, stride, SIZE: tl.constexpr, PADDED: tl.constexpr):
 def _rows(
     query,
     key,
-    bounds,
+    blocks,
     peaks,
     shares,
     total,
@@ -50,8 +53,8 @@ def _rows(
 ):
     head = tl.program_id(1)
     block, tile = tl.program_id(0) // tiles, tiles - 1 - tl.program_id(0) % tiles  # if causal, long rows first
-    start = tl.load(bounds + block)
-    n = (tl.load(bounds + block + 1) - start).to(tl.int32)
+    start = tl.load(blocks + block).to(tl.int64)
+    n = (tl.load(blocks + block + 1) - start).to(tl.int32)
     if tile * TILE >= n:
         return
     query += start * query_stride + head * query_head
@@ -88,7 +91,7 @@ def _rows(
 def _columns(
     query,
     key,
-    bounds,
+    blocks,
     peaks,
     shares,
     received,
@@ -108,8 +111,8 @@ def _columns(
 ):
     head = tl.program_id(1)
     block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    start = tl.load(bounds + block)
-    n = (tl.load(bounds + block + 1) - start).to(tl.int32)
+    start = tl.load(blocks + block).to(tl.int64)
+    n = (tl.load(blocks + block + 1) - start).to(tl.int32)
     if tile * TILE >= n:
         return
     query += start * query_stride + head * query_head
@@ -144,7 +147,7 @@ def _columns(
 def _blocks(
     query,
     key,
-    bounds,
+    blocks,
     received,
     total,
     query_stride,
@@ -159,8 +162,8 @@ def _blocks(
     TILE: tl.constexpr,
 ):
     head = tl.program_id(1)
-    start = tl.load(bounds + tl.program_id(0))
-    n = (tl.load(bounds + tl.program_id(0) + 1) - start).to(tl.int32)
+    start = tl.load(blocks + tl.program_id(0)).to(tl.int64)
+    n = (tl.load(blocks + tl.program_id(0) + 1) - start).to(tl.int32)
     at = tl.arange(0, TILE)
     q = _load(query + start * query_stride + head * query_head, at, n, query_stride, SIZE, PADDED)
     k = _load(key + start * key_stride + head // group * key_head, at, n, key_stride, SIZE, PADDED)
@@ -178,7 +181,7 @@ def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale
     """As the reference; N > 0."""
     query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
     rows, heads, size = query.shape
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(query.device, non_blocking=True)
+    blocks = bounds(tuple(lengths), query.device)
     received = query.new_empty(heads, rows, dtype=torch.float32)
     strides = (*query.stride()[:2], *key.stride()[:2], heads // key.shape[1])
     scale *= math.log2(math.e)
@@ -188,13 +191,13 @@ def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale
     if longest <= tile:
         tile = max(16, triton.next_power_of_2(longest))
         _blocks[(len(lengths), heads)](
-            query, key, bounds, received, rows, *strides, scale, **sizes, TILE=tile, num_warps=WARPS
+            query, key, blocks, received, rows, *strides, scale, **sizes, TILE=tile, num_warps=BLOCK_WARPS
         )
         return received.mean(dim=0)
     peaks, shares = torch.empty_like(received), torch.empty_like(received)
     tiles = triton.cdiv(longest, tile)
     sizes |= {"TILE": tile, "STEP": step, "num_warps": WARPS, "num_stages": STAGES}
     grid = (len(lengths) * tiles, heads)
-    _rows[grid](query, key, bounds, peaks, shares, rows, *strides, tiles, scale, **sizes)
-    _columns[grid](query, key, bounds, peaks, shares, received, rows, *strides, tiles, scale, **sizes)
+    _rows[grid](query, key, blocks, peaks, shares, rows, *strides, tiles, scale, **sizes)
+    _columns[grid](query, key, blocks, peaks, shares, received, rows, *strides, tiles, scale, **sizes)
     return received.mean(dim=0)

@@ -1,7 +1,6 @@
 """Triton kernels of `segment_mean` and `segment_merge`.
 
-Forward, a program takes one run and `CHUNK` columns; backward, `ROWS` rows of whatever runs, so that long runs are
-shared out.
+Forward, a program takes one run; backward, a few rows of whatever runs, so that long runs are shared out.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS, CHUNK, WARPS = 4, 512, 2  # of the forward pass
-BACK_ROWS, BACK_CHUNK, BACK_WARPS = 8, 256, 4
+ROWS, CHUNK, WARPS = 2, 512, 2  # of the forward pass
+MANY = 8192  # runs from which on a program takes all columns of its run
+LANES = tl.constexpr(32)  # rows at once where only their weights are read
+BACK_ROWS, BACK_CHUNK, BACK_WARPS = 4, 512, 4
 
 
 @triton.jit
@@ -26,40 +27,50 @@ def _forward(
     ends,
     mean,
     totals,
+    run_of,
     slots,
     out_slots,
     stride,
     WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
     CENTRES: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    chunks = tl.cdiv(WIDTH, CHUNK)
-    run, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    column = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = column < WIDTH
+    spans = tl.cdiv(WIDTH, SPAN)
+    run, span = tl.program_id(0) // spans, tl.program_id(0) % spans
     count = tl.load(counts + run)
     stop = tl.load(ends + run)
-    summed = tl.zeros([CHUNK], tl.float32)
-    total = tl.zeros([ROWS], tl.float64)
-    moment = tl.zeros([ROWS], tl.float64)
-    for first in range(stop - count, stop, ROWS):
-        row = first + tl.arange(0, ROWS)
-        here = row < stop
-        weight = tl.load(weights + row, mask=here, other=0).to(tl.float32)
-        values = tl.load(x + row[:, None] * stride + column[None, :], mask=here[:, None] & inside[None, :], other=0)
-        # A run of one row is that row, bit for bit.
-        summed += tl.sum(tl.where(count == 1, 1.0, weight)[:, None] * values.to(tl.float32), axis=0)
-        total += weight
+    for start in range(0, SPAN, CHUNK):
+        column = span * SPAN + start + tl.arange(0, CHUNK)
+        inside = column < WIDTH
+        summed = tl.zeros([CHUNK], tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for first in range(stop - count, stop, ROWS):
+            row = first + tl.arange(0, ROWS)
+            here = row < stop
+            weight = tl.load(weights + row, mask=here, other=0).to(tl.float32)
+            weight = tl.where(here & (count == 1), 1.0, weight)  # a run of one row is that row, bit for bit
+            values = tl.load(x + row[:, None] * stride + column[None, :], mask=here[:, None] & inside[None, :], other=0)
+            summed += tl.sum(weight[:, None] * values.to(tl.float32), axis=0)
+            total += weight
+        average = summed / tl.sum(total, axis=0)
+        tl.store(mean + run.to(tl.int64) * WIDTH + column, average.to(mean.dtype.element_ty), mask=inside)
+    if span == 0:
+        weight_sum = tl.zeros([LANES], tl.float64)
+        moment = tl.zeros([LANES], tl.float64)
+        for first in range(stop - count, stop, LANES):
+            row = first + tl.arange(0, LANES)
+            here = row < stop
+            weight = tl.load(weights + row, mask=here, other=0).to(tl.float64)
+            weight_sum += weight
+            tl.store(run_of + row, run, mask=here)
+            if CENTRES:
+                moment += weight * tl.load(slots + row, mask=here, other=0).to(tl.float64)
+        tl.store(totals + run, tl.sum(weight_sum, axis=0).to(tl.float32))
         if CENTRES:
-            moment += weight.to(tl.float64) * tl.load(slots + row, mask=here, other=0).to(tl.float64)
-    weight_sum = tl.sum(total, axis=0)
-    average = summed / tl.where(count == 1, 1.0, weight_sum.to(tl.float32))
-    tl.store(mean + run.to(tl.int64) * WIDTH + column, average.to(mean.dtype.element_ty), mask=inside)
-    if chunk == 0:
-        tl.store(totals + run, weight_sum.to(tl.float32))
-        if CENTRES:
-            tl.store(out_slots + run, tl.floor(tl.sum(moment, axis=0) / weight_sum).to(tl.int64))
+            centre = tl.sum(moment, axis=0) / tl.sum(weight_sum, axis=0)
+            tl.store(out_slots + run, tl.floor(centre).to(tl.int64))
 
 
 @triton.jit
@@ -81,7 +92,7 @@ def _backward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, CHUNK)
     here = row < rows
-    run = tl.load(run_of + row, mask=here, other=0)
+    run = tl.load(run_of + row, mask=here, other=0).to(tl.int64)
     share = tl.load(weights + row, mask=here, other=0).to(tl.float32) / tl.load(totals + run, mask=here, other=1)
     product = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in range(0, WIDTH, CHUNK):
@@ -110,24 +121,28 @@ class SegmentMerge(torch.autograd.Function):
         mean = embeds.new_empty(runs, width)
         totals = embeds.new_empty(runs, dtype=torch.float32)
         centres = None if slots is None else torch.empty_like(counts, dtype=torch.long)
+        run_of = torch.empty_like(weights, dtype=torch.int32)
         chunk = min(CHUNK, triton.next_power_of_2(width))
-        _forward[(runs * triton.cdiv(width, chunk),)](
+        span = width if runs >= MANY else chunk
+        _forward[(runs * triton.cdiv(width, span),)](
             embeds,
             weights,
             counts,
             counts.cumsum(0),
             mean,
             totals,
+            run_of,
             None if slots is None else slots.contiguous(),
             centres,
             embeds.stride(0),
             WIDTH=width,
+            SPAN=span,
             CENTRES=slots is not None,
             ROWS=ROWS,
             CHUNK=chunk,
             num_warps=WARPS,
         )
-        ctx.save_for_backward(embeds, weights, counts, totals)
+        ctx.save_for_backward(embeds, weights, counts, totals, run_of)
         ctx.mark_non_differentiable(*(x for x in (centres, totals) if x is not None))
         return mean, centres, totals
 
@@ -135,11 +150,9 @@ class SegmentMerge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, None, None]:
         """A row's gradient is its share of its run's; a weight's is how far its row stands out along that."""
-        embeds, weights, counts, totals = ctx.saved_tensors
+        embeds, weights, counts, totals, run_of = ctx.saved_tensors
         rows, width = embeds.shape
         weighted = ctx.needs_input_grad[1]
-        runs = torch.arange(len(counts), device=counts.device)
-        run_of = runs.repeat_interleave(counts, output_size=rows)
         dx = embeds.new_empty(rows, width)
         along = embeds.new_empty(rows, dtype=torch.float32) if weighted else None  # of each row, x g
         chunk = min(BACK_CHUNK, triton.next_power_of_2(width))

@@ -109,7 +109,7 @@ def test_adjacent_cosine(width, dtype):
     embeds, grad = randn(sum(LENGTHS), width, dtype=dtype), randn(sum(LENGTHS), seed=1)
     embeds[1:] += embeds[:-1].clone()
     embeds[3] = 0  # a clip's last token
-    want, (want_grad,) = with_gradient(lambda x: cosine_in_fp64(x, LENGTHS), [embeds], grad)
+    want, (want_grad,) = with_gradient(lambda x: cosine_in_fp64(x, LENGTHS), [embeds.double()], grad)
     (found, (found_grad,)), (plain, (plain_grad,)) = (
         with_gradient(lambda x, b=b: adjacent_cosine(x, LENGTHS, b), [embeds], grad) for b in ("triton", "torch")
     )
@@ -144,22 +144,24 @@ def test_segment_mean(width, dtype):
     rows = sum(LENGTHS)
     counts, weights = runs(rows), randn(rows, seed=1).abs() + 0.1
     embeds, grad = randn(rows, width, dtype=dtype), randn(len(counts), width, seed=2)
-    want, want_grads = with_gradient(lambda x, w: mean_in_fp64(x, w, counts), [embeds, weights], grad.to(dtype))
+    want, want_grads = with_gradient(
+        lambda x, w: mean_in_fp64(x, w, counts), [embeds.double(), weights.double()], grad.to(dtype)
+    )
     (found, found_grads), (plain, plain_grads) = (
         with_gradient(lambda x, w, b=b: segment_mean(x, w, counts, b), [embeds, weights], grad)
         for b in ("triton", "torch")
     )
     for x in zip((found, *found_grads), (plain, *plain_grads), (want, *want_grads), strict=True):
-        check(*(y.double() if y is x[2] else y for y in x))
+        check(*x)
     single = counts == 1
     assert torch.equal(found[single], embeds[(counts.cumsum(0) - 1)[single]])
 
 
 @on_device
 @pytest.mark.parametrize("sizes", ["whole", "fractions"])
-def test_segment_merge(sizes):
+def test_segment_merge(sizes, monkeypatch):
     rows = sum(LENGTHS)
-    embeds, counts, slots = randn(rows, 96, dtype=DTYPES[0]), runs(rows), torch.arange(rows, device=DEVICE) * 3
+    embeds, counts, slots = randn(rows, 1280, dtype=DTYPES[0]), runs(rows), torch.arange(rows, device=DEVICE) * 3
     weights = randn(rows, seed=1).abs() + 0.1
     weights = weights.ceil() if sizes == "whole" else weights
     found, plain = (segment_merge(embeds, slots, weights, counts, b) for b in ("triton", "torch"))
@@ -167,6 +169,9 @@ def test_segment_merge(sizes):
     assert torch.equal(found[1], plain[1])
     assert found[1].dtype == torch.int64
     check(found[2], plain[2], torch.stack([w.double().sum() for w in weights.split(counts.tolist())]))
+    monkeypatch.setattr("audiopress.kernels.triton_segment.MANY", 1)
+    for x, y in zip(segment_merge(embeds, slots, weights, counts, "triton"), found, strict=True):
+        assert torch.equal(x, y)
 
 
 @on_device
@@ -180,10 +185,8 @@ def test_segment_merge(sizes):
 )
 def test_attention_received(lengths, size, heads, key_heads, causal, dtype, monkeypatch):
     if INTERPRETED:  # more than one tile
-        from audiopress.kernels import triton_received
-
-        monkeypatch.setattr(triton_received, "TILE", 32)
-        monkeypatch.setattr(triton_received, "STEP", 16)
+        monkeypatch.setattr("audiopress.kernels.triton_received.TILE", 32)
+        monkeypatch.setattr("audiopress.kernels.triton_received.STEP", 16)
     q, k = randn(sum(lengths), heads, size, dtype=dtype), randn(sum(lengths), key_heads, size, dtype=dtype, seed=1)
     scale = 2 * size**-0.5
     found, plain = (attention_received(q, k, lengths, scale, causal, b) for b in ("triton", "torch"))
