@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from audiopress.benchmarks.environment import environment
-from audiopress.kernels import adjacent_cosine, attention_received, segment_merge
+from audiopress.kernels import adjacent_cosine, attention_received, segment_merge, top_k
 from audiopress.kernels.packed import bounds
 from audiopress.kernels.varlen import varlen_attention
 
@@ -48,6 +47,7 @@ class Cell:
         bytes: that forward must read and write at least; None if it is not bound by memory.
         backward: bytes of forward and backward.
         flash: flash attention on the same shape.
+        dtype: of what is read.
     """
 
     op: str
@@ -57,6 +57,7 @@ class Cell:
     bytes: int | None = None
     backward: int | None = None
     flash: Callable[[], Tensor] | None = None
+    dtype: str = "bfloat16"
 
 
 def cosine_cell(lengths: tuple[int, ...], width: int) -> Cell:
@@ -91,6 +92,18 @@ def merge_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
     )
 
 
+def top_k_cell(lengths: tuple[int, ...], keep: int) -> Cell:
+    """Gives the cell of choosing one in `keep` of each clip's tokens."""
+    scores = torch.randn(sum(lengths), device="cuda")
+    budget = [n // keep for n in lengths]
+    return Cell(
+        op="top_k",
+        shape=f"{len(lengths)} x {lengths[0]:,} to 1/{keep}",
+        run=lambda backend: top_k(scores, lengths, budget, backend),
+        dtype="float32",
+    )
+
+
 def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: int) -> Cell:
     """Gives the cell of attention received: bidirectional in many blocks, causal in a single one."""
     n, scale, causal = sum(lengths), 1 / math.sqrt(size), len(lengths) == 1
@@ -117,6 +130,8 @@ CELLS: list[Callable[[], Cell]] = [
     partial(cosine_cell, *STREAM),
     partial(merge_cell, *ENCODER, 2),
     partial(merge_cell, *STREAM, 4),
+    partial(top_k_cell, ENCODER[0], 2),
+    partial(top_k_cell, STREAM[0], 4),
     partial(attention_cell, *BLOCKS),
     partial(attention_cell, *PREFILL),
 ]
@@ -159,8 +174,7 @@ def measure(cell: Cell, backend: str, backward: bool, milliseconds: int) -> dict
     except RuntimeError as error:
         return {"status": "failed", "message": str(error)}
     moved = cell.backward if backward else cell.bytes
-    low, *_, high = statistics.quantiles(times, n=5)
-    median = statistics.median(times)
+    low, median, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     return {
         "status": "ok",
         "ms": {"median": median, "p20": low, "p80": high, "n": len(times)},
@@ -171,7 +185,7 @@ def measure(cell: Cell, backend: str, backward: bool, milliseconds: int) -> dict
 def main() -> None:
     """Prints a table, and writes one JSON line per cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", default=["adjacent_cosine", "segment_merge", "attention_received"])
+    parser.add_argument("--ops", nargs="+", default=["adjacent_cosine", "segment_merge", "top_k", "attention_received"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--milliseconds", type=int, default=100, help="of measuring per cell")
     parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
@@ -190,12 +204,10 @@ def main() -> None:
             cell = make()
             if cell.op not in args.ops:
                 continue
-            bound = cell.bytes is not None
-            for backward in (False, True) if bound else (False,):
-                for backend in args.backends:
-                    if backend == ("flash" if bound else "copy"):
-                        continue
-                    row = {"op": cell.op, "shape": cell.shape, "dtype": "bfloat16", "backend": backend}
+            without = {name for name, x in (("copy", cell.bytes), ("flash", cell.flash)) if x is None}
+            for backward in (False, True) if cell.backward else (False,):
+                for backend in [b for b in args.backends if b not in without]:
+                    row = {"op": cell.op, "shape": cell.shape, "dtype": cell.dtype, "backend": backend}
                     row |= {"pass": "forward+backward" if backward else "forward"}
                     row |= measure(cell, backend, backward, args.milliseconds)
                     file.write(json.dumps(where | row) + "\n")

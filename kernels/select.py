@@ -16,14 +16,19 @@ TIE = 1e-6  # cosines, and squared norms of parts of unit vectors, that float32 
 _ENTRIES = 2**24  # of a block of the cosine matrix, 64 MiB in float32
 
 
-def top_k(scores: Tensor, lengths: Sequence[int], budget: Sequence[int]) -> Tensor:
+def top_k(scores: Tensor, lengths: Sequence[int], budget: Sequence[int], backend: str = "auto") -> Tensor:
     """Gives the `budget[c]` best tokens of each clip, `[M]` int64 ascending; of equal scores the earliest win.
 
     Args:
         scores: `[N]`, larger is better, no NaN.
         lengths: tokens per clip, C numbers that sum to N.
         budget: tokens to keep of each clip, at most its length.
+        backend: "auto", "torch" or "triton".
     """
+    if use_triton(backend, scores) and len(scores):
+        from . import triton_select
+
+        return triton_select.top_k(scores, lengths, budget)
     clips = clip_ids(lengths, scores.device)
     by_score = torch.argsort(scores, descending=True, stable=True)
     ranked = by_score[torch.argsort(clips[by_score], stable=True)]  # clip by clip, each from its best to its worst

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS, CHUNK, WARPS = 4, 256, 4
+ROWS, CHUNK, WARPS = 2, 256, 2
+BACK_ROWS, BACK_WARPS = 4, 4
 EPS = tl.constexpr(1e-12)  # the least norm, as in torch's normalize
 
 
@@ -28,7 +29,7 @@ def _forward(x, cosine, norms, rows, stride, WIDTH: tl.constexpr, ROWS: tl.const
     dot = tl.zeros([ROWS, CHUNK], tl.float32)
     own = tl.zeros([ROWS, CHUNK], tl.float32)
     other = tl.zeros([ROWS, CHUNK], tl.float32)
-    for start in range(0, WIDTH, CHUNK):
+    for start in tl.static_range(0, WIDTH, CHUNK):  # unrolled, so that loads do not wait for sums
         inside = (start + column < WIDTH)[None, :]
         a = tl.load(first + start, mask=here[:, None] & inside, other=0).to(tl.float32)
         b = tl.load(first + start + stride, mask=paired[:, None] & inside, other=0).to(tl.float32)
@@ -81,7 +82,17 @@ class AdjacentCosine(torch.autograd.Function):
         embeds = embeds if embeds.stride(1) == 1 else embeds.contiguous()
         rows, width = embeds.shape
         cosine, norms = embeds.new_empty(2, rows, dtype=torch.float32)
-        _launch(_forward, (embeds, cosine, norms, rows, embeds.stride(0)), width)
+        _forward[(triton.cdiv(rows, ROWS),)](
+            embeds,
+            cosine,
+            norms,
+            rows,
+            embeds.stride(0),
+            WIDTH=width,
+            ROWS=ROWS,
+            CHUNK=min(CHUNK, triton.next_power_of_2(width)),
+            num_warps=WARPS,
+        )
         cosine.index_fill_(0, last, -torch.inf)
         ctx.save_for_backward(embeds, cosine, norms)
         return cosine
@@ -93,10 +104,17 @@ class AdjacentCosine(torch.autograd.Function):
         embeds, cosine, norms = ctx.saved_tensors
         rows, width = embeds.shape
         out = embeds.new_empty(rows, width)
-        _launch(_backward, (grad.contiguous(), embeds, cosine, norms, out, rows, embeds.stride(0)), width)
+        _backward[(triton.cdiv(rows, BACK_ROWS),)](
+            grad.contiguous(),
+            embeds,
+            cosine,
+            norms,
+            out,
+            rows,
+            embeds.stride(0),
+            WIDTH=width,
+            ROWS=BACK_ROWS,
+            CHUNK=min(CHUNK, triton.next_power_of_2(width)),
+            num_warps=BACK_WARPS,
+        )
         return out, None
-
-
-def _launch(kernel: Any, args: tuple[Any, ...], width: int) -> None:
-    rows, chunk = args[-2], min(CHUNK, triton.next_power_of_2(width))
-    kernel[(triton.cdiv(rows, ROWS),)](*args, WIDTH=width, ROWS=ROWS, CHUNK=chunk, num_warps=WARPS)

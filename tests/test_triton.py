@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from audiopress.kernels import adjacent_cosine, attention_received, segment_mean, segment_merge
+from audiopress.kernels import adjacent_cosine, attention_received, segment_mean, segment_merge, top_k
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -197,6 +197,23 @@ def test_attention_received(lengths, size, heads, key_heads, causal, dtype, monk
 
 
 @on_device
+@pytest.mark.parametrize("block", [16, 8192])  # several at a time, and one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64] + [torch.float64, torch.float16] * (not INTERPRETED))
+def test_top_k(dtype, block, monkeypatch):
+    monkeypatch.setattr("audiopress.kernels.triton_select.BLOCK", block)
+    lengths = (*LENGTHS, 40)
+    scores = randn(sum(lengths)) * 100
+    ties = (scores / 50).round()  # with negative zeros
+    if dtype.is_floating_point:
+        ties[::7], ties[1::7] = torch.inf, -torch.inf
+    for values in (scores, ties):
+        values = values.to(dtype)
+        for budget in ([n // 2 for n in lengths], [*lengths[:-1], 1]):
+            found = top_k(values, lengths, budget, "triton")
+            assert torch.equal(found, top_k(values, lengths, budget, "torch"))
+
+
+@on_device
 def test_strided_inputs():
     wide = randn(60, 192, dtype=DTYPES[0])
     counts, weights = runs(30), (randn(60, seed=1).abs() + 0.1)[::2]
@@ -221,6 +238,7 @@ def test_nothing_to_do():
     none = torch.empty(0, 8, device=DEVICE)
     counts = torch.empty(0, dtype=torch.long, device=DEVICE)
     assert adjacent_cosine(none, (0, 0), "triton").shape == (0,)
+    assert top_k(none[:, 0], (0, 0), (0, 0), "triton").shape == (0,)
     assert segment_mean(none, none[:, 0], counts, "triton").shape == (0, 8)
     assert [len(x) for x in segment_merge(none, counts, none[:, 0], counts, "triton")] == [0, 0, 0]
     assert attention_received(none[:, None], none[:, None], (0,), 1.0, backend="triton").shape == (0,)
@@ -236,6 +254,7 @@ def test_nothing_waits_for_the_gpu():
         cosine = adjacent_cosine(embeds, (100, 200), "triton")
         mean = segment_merge(embeds, slots, weights, counts, "triton")[0]
         attention_received(q, q, (100, 200), 1.0, backend="triton")
+        top_k(weights, (100, 200), (50, 0), "triton")
         torch.autograd.grad([cosine, mean], embeds, [torch.ones_like(cosine), torch.ones_like(mean)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
