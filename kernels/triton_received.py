@@ -19,7 +19,7 @@ from torch import Tensor
 from .packed import bounds
 
 TILE, STEP, WARPS, STAGES = 128, 64, 8, 3  # a program's own rows, those it runs over
-BLOCK_WARPS = 4
+BLOCK_WARPS = 4  # of `_blocks`
 EXACT_TILE = 32  # of float32, whose products the matrix units would round
 
 
