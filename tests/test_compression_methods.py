@@ -391,7 +391,7 @@ def test_chain_merges_merged_tokens():
 
 def test_chain_knows_its_members():
     chain = Chain([make("stacking:slam-asr", mlp_size=4), make("random")])
-    assert chain.needs == {"encoder_hidden"}
+    assert chain.needs == {"encoder_hidden", "seed"}
     assert chain.trained
     assert [member["name"] for member in chain.describe()["members"]] == ["stacking", "random"]
 
