@@ -110,7 +110,8 @@ class AToMe(MergeCompressor, EncoderMethod):
         threshold = math.inf if self.config.threshold is None else self.config.threshold
         counts = merge_pairs(merged.similarity(), merged.lengths, merges, threshold, self.config.pairs)
         weights = merged.sizes if self.config.average == "size" else torch.ones_like(merged.sizes)
-        return merged.merge(counts, weights)
+        left = None if self.adaptive else [n - k for n, k in zip(merged.lengths, merges, strict=True)]
+        return merged.merge(counts, weights, left)
 
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
         """Gives the layers that merge."""

@@ -64,9 +64,10 @@ class FastAdaSP(MergeCompressor):
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Merges in one round."""
         merged = self.start(stream, context)
-        merges = excess(stream.lengths, self.budget(stream.lengths))
+        budget = self.budget(stream.lengths)
+        merges = excess(stream.lengths, budget)
         counts = merge_chains(merged.similarity(), stream.lengths, merges)
-        return self.finish(stream, merged.merge(counts, self._weights(stream, context)))
+        return self.finish(stream, merged.merge(counts, self._weights(stream, context), budget))
 
     def _weights(self, stream: TokenStream, context: Context) -> Tensor:
         if self.config.weights == "none":

@@ -91,15 +91,23 @@ class Merged:
         """Gives the cosine of each token with the next of its clip, `[M]`."""
         return adjacent_cosine(self.metric, self.lengths)
 
-    def merge(self, counts: Tensor, weights: Tensor) -> Merged:
-        """Averages runs of `counts` `[K]` tokens with `weights` `[M]`."""
-        ends = clip_ids(self.lengths, counts.device)[counts.cumsum(0) - 1]
+    def merge(self, counts: Tensor, weights: Tensor, lengths: Sequence[int] | None = None) -> Merged:
+        """Averages runs of `counts` `[K]` tokens with `weights` `[M]`.
+
+        Args:
+            counts: tokens per run.
+            weights: of the mean.
+            lengths: runs per clip, where they are known; to count them is to wait for the GPU.
+        """
+        if lengths is None:
+            ends = clip_ids(self.lengths, counts.device)[counts.cumsum(0) - 1]
+            lengths = torch.bincount(ends, minlength=len(self.lengths)).tolist()
         return Merged(
             embeds=segment_mean(self.embeds, weights, counts),
             keys=None if self.keys is None else segment_mean(self.keys, weights.detach(), counts),
             sizes=segment_reduce(self.sizes, "sum", counts),
             runs=nest_runs(self.runs, counts),
-            lengths=tuple(torch.bincount(ends, minlength=len(self.lengths)).tolist()),
+            lengths=tuple(lengths),
         )
 
 

@@ -1,5 +1,7 @@
 """Both towers with packed attention against transformers' own way, and the audio tower's gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import make_thinker
@@ -7,7 +9,7 @@ from tiny import make_thinker
 from audiopress.kernels.varlen import can_use_varlen
 from audiopress.models import parts
 from audiopress.models.encoders import encode_audio, encode_image, encode_video, hidden_audio
-from audiopress.models.packed import is_packed, use_packed_attention, vision_plan
+from audiopress.models.packed import align_mlp, is_packed, use_packed_attention, vision_plan
 
 from .test_tower import features
 
@@ -73,6 +75,19 @@ def test_gradients_are_the_same(towers):
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [30, 32, 33])
+def test_a_padded_feed_forward_computes_the_same(towers, width):
+    kind = type(parts.vision_tower(towers[0]).blocks[0].mlp)
+    torch.manual_seed(0)
+    mlp = kind(SimpleNamespace(hidden_size=16, intermediate_size=width, hidden_act="silu"), bias=True)
+    x = torch.randn(7, 16)
+    want = mlp(x)
+    align_mlp(mlp)
+    align_mlp(mlp)
+    assert mlp.gate_proj.weight.shape[0] == mlp.down_proj.weight.shape[1] == -(-width // 8) * 8
+    torch.testing.assert_close(mlp(x), want)
 
 
 def test_a_grid_is_worked_out_once(towers):
