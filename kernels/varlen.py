@@ -15,13 +15,13 @@ _MULTIPLE = 8  # of the head size, which the kernel asks for
 
 
 @cache
-def _kernel() -> Callable[..., Any] | None:
-    """Gives torch's variable-length attention, whose signature moved between releases; None before it came (2.10)."""
+def _kernel() -> tuple[Callable[..., Any], bool] | None:
+    """Gives torch's variable-length attention and whether it takes a scale; None before it came (2.10)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    return varlen_attn, "scale" in inspect.signature(varlen_attn).parameters
 
 
 def can_use_varlen(query: Tensor) -> bool:
@@ -43,10 +43,11 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
     Returns:
         `[N, H, d]`.
     """
-    kernel = _kernel()
-    assert kernel is not None
+    known = _kernel()
+    assert known is not None
+    kernel, takes_scale = known
     blocks = (bounds, bounds, longest, longest)
-    if "scale" in inspect.signature(kernel).parameters:
+    if takes_scale:
         return kernel(query, key, value, *blocks, scale=scale)
     # The oldest form has a fixed scale of 1/sqrt(d): the queries carry the difference.
     return kernel(query * (scale * query.shape[-1] ** 0.5), key, value, *blocks)

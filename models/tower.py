@@ -128,37 +128,36 @@ def run_layers(
     acting = acting_layers(method, tower)
     plans: dict[int, list[int]] = {}
     captured = None
+    hidden, bias = states.blocks.embeds, None  # `states` holds the current ones only where somebody reads them
     for i in range(start, stop):
-        layer, blocks = tower.layers[i], states.blocks
+        layer, lengths = tower.layers[i], states.blocks.lengths
         attention = layer.self_attn
-        x = layer.self_attn_layer_norm(blocks.embeds)
+        x = layer.self_attn_layer_norm(hidden)
         q, k, v = (
             p(x).unflatten(1, (attention.num_heads, -1)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        bias = None
-        if method is not None and method.proportional_attention and plans:  # some states are merged already
-            bias = (blocks.sizes / STATE_SIZE).log()
-        mixed = block_attention(q, k, v, blocks.lengths, attention.scaling, bias).flatten(1)
-        states = replace(states, blocks=blocks.replace(embeds=blocks.embeds + attention.out_proj(mixed)))
-        read = capture if i == stop - 1 else frozenset()
-        if method is not None and i in acting:
-            read |= method.needs
+        mixed = block_attention(q, k, v, lengths, attention.scaling, bias).flatten(1)
+        hidden = hidden + attention.out_proj(mixed)
+        acts, last = method is not None and i in acting, i == stop - 1
+        read = (capture if last else frozenset()) | (method.needs if method is not None and acts else frozenset())
         received = None
         if "encoder_attention" in read:
-            received = attention_received(q, k, blocks.lengths, attention.scaling)
-        if i == stop - 1 and capture:
+            received = attention_received(q, k, lengths, attention.scaling)
+        if last and capture:
             captured = Captured(states.clips.replace(embeds=k.flatten(1)), received)
-        if method is not None and i in acting:
+        if method is not None and acts:
+            states = replace(states, blocks=states.blocks.replace(embeds=hidden))
             layer_state = LayerState(k.flatten(1), attention.num_heads, received)
             if not plans:
                 states, layer_state = _drop_odd(states, layer_state)
                 final = block_targets(states.blocks.lengths, states.owners, method.budget(states.tokens))
                 plans = dict(zip(acting, layer_targets(states.blocks.lengths, final, len(acting)), strict=True))
             states = replace(states, blocks=method.reduce(states.blocks, plans[i], layer_state))
-        hidden = states.blocks.embeds
-        x = layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
-        states = replace(states, blocks=states.blocks.replace(embeds=hidden + x))
-    return states, captured
+            hidden = states.blocks.embeds
+            if method.proportional_attention:
+                bias = (states.blocks.sizes / STATE_SIZE).log()
+        hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
+    return replace(states, blocks=states.blocks.replace(embeds=hidden)), captured
 
 
 def acting_layers(method: EncoderMethod | None, tower: nn.Module) -> tuple[int, ...]:
