@@ -93,12 +93,13 @@ def received_in_fp64(query, key, lengths, scale, causal):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter():
+def test_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     # No conftest: it imports models, which this file does without.
     command = ["pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-P", "-m", *command], capture_output=True, text=True, env=env, check=False)
+    # From another folder: `-m` puts the present one, which has packages named as others are, on the path.
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
