@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .omni import CompressedOmni
 
 MANIFEST = "audiopress.json"
-FORMAT = 1
+FORMAT = 2  # 1 knew neither video compressors nor several keep ratios
 PARTS = ("compressor", "adapter", "projector", "alignment")
 
 

@@ -1,5 +1,6 @@
 """`load` on a folder laid out as the released 3B and 7B checkpoints are, and on what is none."""
 
+import json
 import shutil
 
 import pytest
@@ -127,6 +128,14 @@ def test_a_saved_variant_brings_its_own_compressor(saved):
     for extra in ({"compressor": "pooling"}, {"kind": "max"}):
         with pytest.raises(ValueError, match="is a saved variant with its own compressor; give none"):
             audiopress.load(str(saved), device="cpu", **extra)
+
+
+def test_a_variant_of_an_earlier_format_is_refused(saved):
+    manifest = json.loads((saved / "audiopress.json").read_text())
+    del manifest["video_compressor"], manifest["keep_ratios"]
+    (saved / "audiopress.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(ValueError, match="has format 1; this version reads 2"):
+        audiopress.load(str(saved), device="cpu")
 
 
 def test_a_saved_variant_at_another_keep_ratio(checkpoint, saved):
