@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from scipy.signal import lfilter
 from torch import nn
 from tqdm import tqdm
 
-from audiopress.benchmarks.environment import environment, peak_memory
-from audiopress.compression import Compressor, Context, TokenStream, available, build
+from audiopress.benchmarks.environment import environment, peak_memory, timed
+from audiopress.compression import Context, TokenStream, available, build
 from audiopress.compression.base import TOKENS_PER_SECOND, Prompt, Scene
 from audiopress.compression.registry import QWEN_7B
 
@@ -30,9 +30,8 @@ WANDER = 0.3  # how far neighbouring tokens lie apart, of their own length; a gu
 def walk(rows: int, width: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
     """Gives rows that resemble their neighbours, as those of an audio tower do: `[rows, width]`."""
     noise = torch.randn(rows, width, generator=generator)
-    for i in range(1, rows):
-        noise[i] = (1 - WANDER) * noise[i - 1] + WANDER * noise[i]
-    return nn.functional.normalize(noise, dim=1).mul(width**0.5).to(device)
+    walked = torch.from_numpy(lfilter([WANDER], [1, WANDER - 1], noise.numpy(), axis=0)).float()
+    return nn.functional.normalize(walked, dim=1).mul(width**0.5).to(device)
 
 
 def inputs(seconds: float, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[TokenStream, Context]:
@@ -66,18 +65,6 @@ def inputs(seconds: float, seed: int, device: torch.device, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def measure(method: Compressor, stream: TokenStream, context: Context, repeats: int) -> tuple[TokenStream, list[float]]:
-    """Runs a method; gives its tokens and the seconds of each run but the first, which is for warming up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        out = method(stream, dataclasses.replace(context))
-        if stream.embeds.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return out, seconds[1:]
-
-
 def main() -> None:
     """Prints a table, and writes one JSON line per method."""
     every = [f"{name}:{p}" if p else name for name, info in available().items() for p in ("", *info.presets)]
@@ -106,10 +93,10 @@ def main() -> None:
                 method = build(name, **sizes, **options).to(device, dtype).eval()
                 if method.stage == "encoder":
                     continue  # acts inside the tower
-                out, seconds = measure(method, stream, context, args.repeats)
-                row |= {"status": "ok", "tokens_out": out.lengths[0], "seconds": statistics.median(seconds)}
-                row |= {"all_seconds": seconds, "options": dataclasses.asdict(method.config)}
-                rows.append(f"| `{name}` | {row['tokens_out']:,} | {row['seconds']:.3g} |")
+                run = partial(method, stream, context)
+                row |= {"ms": timed(run, args.repeats, device), "tokens_out": run().lengths[0], "status": "ok"}
+                row["options"] = dataclasses.asdict(method.config)
+                rows.append(f"| `{name}` | {row['tokens_out']:,} | {row['ms']['median'] / 1e3:.3g} |")
             except (ValueError, RuntimeError) as error:  # out of memory is a RuntimeError; a failure is a row
                 row |= {"status": "failed", "message": str(error)}
                 rows.append(f"| `{name}` | failed: {str(error).splitlines()[0][:60]} | |")

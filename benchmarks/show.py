@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import audiopress
 from audiopress.benchmarks.plots import plot_tokens
 from audiopress.benchmarks.report import audio_tokens
 from audiopress.benchmarks.scoring import to_device
-from audiopress.compression import TokenStream
+from audiopress.compression import Compressor, TokenStream
 from audiopress.compression.budget import check_keep_ratio
 from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.media import read_audio
@@ -50,9 +52,9 @@ def recorded_prompt() -> Record:
     return max(fitting, key=lambda r: (r.duration, r.id))
 
 
-def build_at(model: CompressedOmni, method: str, keep_ratio: float | None) -> Any:
+def build_at(thinker: nn.Module, method: str, keep_ratio: float | None) -> Compressor:
     """Builds a method at a keep ratio, or at its own where it has weights of its own for every ratio."""
-    made = build_for(model.thinker, method)
+    made = build_for(thinker, method)
     if keep_ratio is None:
         return made
     check_keep_ratio(keep_ratio)
@@ -79,7 +81,7 @@ def show(
     inputs = to_device(OmniCollator(0)([encoder(record, prompt_only=True)]), model.device)
     own, tokens = model.compressor, {}
     for name in methods:
-        model.compressor = build_at(model, name, keep_ratio).to(model.device).eval()
+        model.compressor = build_at(model.thinker, name, keep_ratio).to(model.device).eval()
         whole, tokens[name] = audio_tokens(model, inputs)
     if own is not None:
         model.compressor = own
@@ -103,7 +105,7 @@ def main() -> None:
     try:
         model, processor = audiopress.load(args.model)
         for name in args.methods:
-            build_at(model, name, args.keep_ratio)  # a wrong name is told before anything is drawn
+            build_at(model.thinker, name, args.keep_ratio)  # a wrong name is told before anything is drawn
         record = recorded_prompt()
         if args.audio is not None:
             record = Record(id=args.audio.name, messages=(user(args.question),), audio=args.audio)

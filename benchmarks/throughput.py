@@ -12,11 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +21,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-import audiopress
-from audiopress.benchmarks.environment import environment
+from audiopress.benchmarks.environment import environment, timed
+from audiopress.benchmarks.show import build_at
 from audiopress.data.collator import interleave
 from audiopress.models import CompressedOmni, parts
 from audiopress.models.encoders import encode_audio, encode_video
 from audiopress.models.layout import Kind, audio_lengths
-from audiopress.models.loading import build_for
+from audiopress.models.loading import load_base
 from audiopress.models.packed import use_packed_attention
 
 MEL_PER_SECOND = 100
@@ -142,27 +138,6 @@ def make_batch(model: CompressedOmni, seconds: float, batch: int, video: bool) -
     return {name: tensor.to(model.device) for name, tensor in out.items()}
 
 
-def timed(run: Callable[[], Any], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Gives the milliseconds of a call: median, 20th and 80th percentile of `repeats` after one to warm up."""
-    samples = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        samples.append(1e3 * (time.perf_counter() - started))
-    kept = sorted(samples[1:])
-    return {
-        "median": statistics.median(kept),
-        "p20": kept[round(0.2 * (len(kept) - 1))],
-        "p80": kept[round(0.8 * (len(kept) - 1))],
-        "n": len(kept),
-        "first": samples[0],
-    }
-
-
 @torch.no_grad()
 def measure(model: CompressedOmni, batch: dict[str, torch.Tensor], repeats: int, cache: str | None) -> dict[str, Any]:
     """Times one cell, in milliseconds, and counts its tokens and bytes."""
@@ -182,7 +157,7 @@ def measure(model: CompressedOmni, batch: dict[str, torch.Tensor], repeats: int,
     language_model, head = parts.language_model(model.thinker), model.thinker.get_output_embeddings()
 
     def prefill() -> None:
-        with model._services(inputs):
+        with model.services(inputs):
             states = language_model(
                 inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=True
             ).last_hidden_state
@@ -214,7 +189,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        label = row["compressor"] if row["keep_ratio"] is None else f"{row['compressor']} {row['keep_ratio']:g}"
+        label = f"{row['compressor']} {row['options']['keep_ratio']:g}" if "options" in row else row["compressor"]
         if row["status"] != "ok":
             lines.append(f"| {label} | {row['seconds']:g} | {row['status']}: {row['message'][:60]} |")
             continue
@@ -248,8 +223,7 @@ def main() -> None:
     if args.model in LLM:
         thinker = random_thinker(args.model, device, dtype)
     else:
-        thinker = audiopress.load(args.model, dtype=dtype, device=device)[0].thinker
-    slow = [tower.config._attn_implementation for tower in (parts.audio_tower(thinker), parts.vision_tower(thinker))]
+        thinker = load_base(args.model, dtype)[0].to(device).eval()
     rows = []
     cells = [
         (name, seconds, batch, None if name in (TRANSFORMERS, "none") else ratio)
@@ -258,6 +232,7 @@ def main() -> None:
         for name in args.compressors
         for ratio in (args.keep_ratios if name not in (TRANSFORMERS, "none") else [None])
     ]
+    cells.sort(key=lambda cell: cell[0] != TRANSFORMERS)  # it comes first: the towers are changed after it
     with args.output.open("a") as file:
         for name, seconds, batch, ratio in tqdm(cells, disable=None):
             key = {"compressor": name, "seconds": seconds, "batch": batch, "keep_ratio": ratio, "model": args.model}
@@ -268,22 +243,11 @@ def main() -> None:
                 continue
             row = {**where, **key}
             try:
-                if name == TRANSFORMERS:
-                    implementations = ["sdpa" if "packed" in s else s for s in slow]
-                    for tower, own in zip(
-                        (parts.audio_tower(thinker), parts.vision_tower(thinker)), implementations, strict=True
-                    ):
-                        tower.config._attn_implementation = own
-                else:
-                    use_packed_attention(thinker)
                 compressor = None
+                if name != TRANSFORMERS:
+                    use_packed_attention(thinker)
                 if name not in (TRANSFORMERS, "none"):
-                    compressor = build_for(thinker, name)
-                    try:
-                        compressor = compressor.at(ratio)
-                    except ValueError:  # windows of its own
-                        row["keep_ratio"] = None
-                    compressor = compressor.to(device, dtype).eval()
+                    compressor = build_at(thinker, name, ratio).to(device, dtype).eval()
                     row["options"] = dataclasses.asdict(compressor.config)
                 model = CompressedOmni(thinker, compressor).eval()
                 inputs = make_batch(model, seconds, batch, not args.no_video)
@@ -291,7 +255,7 @@ def main() -> None:
                 row |= measure(model, inputs, args.repeats, cache) | {"status": "ok"}
             except torch.OutOfMemoryError as error:
                 row |= {"status": "oom", "message": str(error).splitlines()[0]}
-            except (ValueError, RuntimeError, subprocess.SubprocessError) as error:
+            except (ValueError, RuntimeError) as error:
                 row |= {"status": "failed", "message": str(error).splitlines()[0]}
             file.write(json.dumps(row) + "\n")
             file.flush()

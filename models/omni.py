@@ -345,7 +345,7 @@ class CompressedOmni(nn.Module):
         """
         inputs, stream = self.encode(input_ids, attention_mask, labels, **media)
         tokens = {kind.name.lower(): inputs.count(kind) for kind in (Kind.AUDIO, Kind.VIDEO)}
-        with self._services(inputs) as language_model:
+        with self.services(inputs) as language_model:
             hidden = language_model(
                 inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
             ).last_hidden_state
@@ -369,7 +369,7 @@ class CompressedOmni(nn.Module):
         return OmniOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses, tokens=tokens)
 
     @contextmanager
-    def _services(self, inputs: LLMInputs) -> Iterator[nn.Module]:
+    def services(self, inputs: LLMInputs) -> Iterator[nn.Module]:
         """Gives the LLM, doing what the methods ask of it: proportional attention, other rotary sections."""
         language_model = parts.language_model(self.thinker)
         methods = {Kind.AUDIO: self.compressor, Kind.VIDEO: self.video_compressor}
@@ -437,7 +437,7 @@ class CompressedOmni(nn.Module):
         if bool((inputs.decode_offset + inputs.mask.sum(dim=1) != last + 1).any()):
             raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
         greedy = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
-        with self._services(inputs):
+        with self.services(inputs):
             return self.thinker.generate(
                 inputs_embeds=inputs.embeds,
                 attention_mask=inputs.mask,
