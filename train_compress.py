@@ -387,15 +387,18 @@ def cache_audio(model: CompressedOmni, dataset: RecordDataset) -> list[dict[str,
 
 
 def resolved(
-    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, compressor: Compressor
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RunArguments,
+    compressor: Compressor,
+    ratios: tuple[float, ...],
 ) -> dict[str, Any]:
     """Gives every setting of this script, and of transformers' those that differ from its defaults."""
     ours = {*RunArguments.__annotations__, *FIRST_RUN}  # whose defaults are not transformers'
     usual = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.name not in ours}
     own = {k: v for k, v in args.to_dict().items() if v != usual.get(k, dataclasses.MISSING)}
     options = dataclasses.asdict(model_args) | {"method": compressor.describe()}
-    ratios = yaml.safe_load(f"[{model_args.keep_ratio or ''}]")
-    options["keep_ratio"] = ratios[0] if len(ratios) == 1 else ratios or None
+    options["keep_ratio"] = ratios[0] if len(ratios) == 1 else list(ratios) or None
     return options | dataclasses.asdict(data_args) | own
 
 
@@ -495,7 +498,7 @@ def main(argv: list[str]) -> None:
         warmup = CTC_WARMUP_STEPS if weight and names & {"compressor", "projector"} else 0
     if warmup and not (weight and names & {"compressor", "projector"}):
         raise ValueError("--ctc-warmup-steps needs a --ctc-weight above 0, and compressor or projector in --train")
-    config = resolved(model_args, data_args, args, compressor)
+    config = resolved(model_args, data_args, args, compressor, ratios)
     what = f"training {', '.join(sorted(names))} on {len(train)} records" if names else "nothing is trained"
     say(4, what)
     if first:

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 import torch
 
 from ..kernels import merge_pairs
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count
-from .encoder import EncoderMethod, LayerState, check_layers, resolve_layers
+from .base import CompressorConfig, Context, check_choice, check_count
+from .encoder import EncoderConfig, EncoderMethod, LayerState
 from .merging import MergeCompressor, Merged, ThresholdConfig, excess
 from .registry import register
 from .stream import TokenStream
@@ -20,7 +20,7 @@ LAYERS = 6  # of the paper's encoder that merge
 
 
 @dataclass(frozen=True)
-class AToMeConfig(ThresholdConfig):
+class AToMeConfig(ThresholdConfig, EncoderConfig):
     """Options of `AToMe`.
 
     Args:
@@ -30,14 +30,12 @@ class AToMeConfig(ThresholdConfig):
         rounds: over which the merging is spread, each removing the same share; by default one where that can do
             (`keep_ratio` of at least 0.5), else six. A round halves a clip at most; more follow where that falls short.
             Inside the tower the layers take their place.
-        stage: "connector" acts on the tower's output, "encoder" inside the tower, as the paper does.
-        layers: of the tower that merge, from 0; or how many, evenly spaced.
+        layers: see `EncoderConfig`; six as in the paper.
     """
 
     pairs: Literal["even-odd", "all-adjacent"] = "even-odd"
     average: Literal["size", "plain"] = "size"
     rounds: int | None = None
-    stage: Literal["connector", "encoder"] = "connector"
     layers: int | tuple[int, ...] = LAYERS
 
     def __post_init__(self) -> None:
@@ -46,8 +44,6 @@ class AToMeConfig(ThresholdConfig):
         check_choice("average", self.average, ("size", "plain"))
         if self.rounds is not None:
             check_count("rounds", self.rounds)
-        check_choice("stage", self.stage, ("connector", "encoder"))
-        object.__setattr__(self, "layers", check_layers(self.layers))
         if self.stage == "encoder" and self.rounds is not None:
             raise ValueError(
                 f"rounds are for stage='connector'; inside the tower give layers, got rounds={self.rounds}"
@@ -84,10 +80,6 @@ class AToMe(MergeCompressor, EncoderMethod):
     summary = "similar neighbours merge in pairs"
     differs = "after the tower, by features (inside it, by keys: `encoder`); pairs and weights are choices"
 
-    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
-        super().__init__(config, sizes)
-        self.stage = self.config.stage
-
     @property
     def adaptive(self) -> bool:
         """With a threshold."""
@@ -112,10 +104,6 @@ class AToMe(MergeCompressor, EncoderMethod):
         weights = merged.sizes if self.config.average == "size" else torch.ones_like(merged.sizes)
         left = None if self.adaptive else [n - k for n, k in zip(merged.lengths, merges, strict=True)]
         return merged.merge(counts, weights, left)
-
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
-        """Gives the layers that merge."""
-        return resolve_layers(self.config.layers, depth)
 
     def reduce(self, states: TokenStream, targets: Sequence[int], layer: LayerState) -> TokenStream:
         """Merges inside every block; more than once where half is still too much."""

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import evenly, most_alike, segment_mean, segment_reduce, top_k
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_number
-from .encoder import EncoderMethod, LayerState, check_layers, resolve_layers
+from .base import CompressorConfig, Context, check_count, check_number
+from .encoder import EncoderConfig, EncoderMethod, LayerState, resolve_layers
 from .reading import read_attention, read_keys
 from .registry import register
 from .stream import TokenStream
 
 
 @dataclass(frozen=True)
-class AttentionTopKConfig(CompressorConfig):
+class AttentionTopKConfig(EncoderConfig):
     """Options of `AttentionTopK`.
 
     Args:
@@ -30,21 +30,17 @@ class AttentionTopKConfig(CompressorConfig):
             the rest, into which all others are merged. Above 0, at least one token of a clip is.
         key_heads: with `contextual_ratio`, the mean of the keys is taken over so many heads (20 in Qwen2.5-Omni's
             tower); 1 compares all heads side by side.
-        stage: "connector" acts on the tower's output, "encoder" inside the tower.
-        layers: of the tower that prune, from 0; or how many, evenly spaced: 3 of 12 are 3, 6, 9.
+        layers: see `EncoderConfig`; of how many, 3 of 12 are 3, 6, 9.
     """
 
     keep_ratio: float = 0.5
     segments: int = 1
     contextual_ratio: float = 0.0
     key_heads: int = 1
-    stage: Literal["connector", "encoder"] = "connector"
     layers: int | tuple[int, ...] = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("stage", self.stage, ("connector", "encoder"))
-        object.__setattr__(self, "layers", check_layers(self.layers))
         if self.stage == "encoder" and (self.segments > 1 or self.contextual_ratio):
             raise ValueError(
                 f"inside the tower every block keeps its own best: segments and contextual_ratio are for "
@@ -99,10 +95,6 @@ class AttentionTopK(EncoderMethod):
     paper = "2504.01690, 2511.14293, 2412.04467, 2511.14582"
     summary = "tokens that the tower attends to most"
     differs = "attention inside blocks of 2 s, whose scores are made comparable; time order; exact budget"
-
-    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
-        super().__init__(config, sizes)
-        self.stage = self.config.stage
 
     @property
     def needs(self) -> frozenset[str]:

@@ -71,7 +71,8 @@ class Chain(Compressor):
         members: list[Compressor] = list(self.members)  # type: ignore[arg-type]
         if self.stage != "encoder":
             return None, self
-        return members[0], None if len(members) == 1 else Chain(members[1:])
+        after = members[1:]
+        return members[0], Chain(after) if len(after) > 1 else next(iter(after), None)
 
     def initialize(self, language_model: nn.Module) -> None:
         """Initializes the members."""

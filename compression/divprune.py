@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from ..kernels import farthest_first
 from .base import Compressor, CompressorConfig, Context
+from .controls import HalfConfig
 from .registry import register
 from .stream import TokenStream
-
-
-@dataclass(frozen=True)
-class DivPruneConfig(CompressorConfig):
-    """Options of `DivPrune`.
-
-    Args:
-        keep_ratio: tokens out / tokens in, in (0, 1].
-    """
-
-    keep_ratio: float = 0.5
 
 
 @register("divprune")
@@ -37,7 +26,7 @@ class DivPrune(Compressor):
           released code leaves it to rounding.
     """
 
-    config_class: ClassVar[type[CompressorConfig]] = DivPruneConfig
+    config_class: ClassVar[type[CompressorConfig]] = HalfConfig
     paper = "2503.02175"
     summary = "tokens far from one another, farthest first"
     differs = "audio instead of images; ties go to the earliest"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..kernels import segment_centres, segment_mean
-from .base import Compressor, check_count
+from ..kernels import segment_merge
+from .base import Compressor, CompressorConfig, Sizes, check_choice, check_count
 from .frames import even_windows
 from .stream import TokenStream
 
@@ -34,6 +34,25 @@ class LayerState:
     attention: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class EncoderConfig(CompressorConfig):
+    """Adds where a method acts.
+
+    Args:
+        keep_ratio: tokens out / tokens in, in (0, 1].
+        stage: "connector" acts on the tower's output, "encoder" inside the tower.
+        layers: of the tower in which it acts, from 0; or how many, evenly spaced.
+    """
+
+    stage: Literal["connector", "encoder"] = "connector"
+    layers: int | tuple[int, ...] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("stage", self.stage, ("connector", "encoder"))
+        object.__setattr__(self, "layers", check_layers(self.layers))
+
+
 class EncoderMethod(Compressor):
     """Base class of methods that can act inside the tower: with `stage == "encoder"` `reduce` is called there.
 
@@ -43,9 +62,16 @@ class EncoderMethod(Compressor):
     one, and ends at exactly `budget` tokens.
     """
 
+    config_class: ClassVar[type[CompressorConfig]] = EncoderConfig
+    config: EncoderConfig
+
+    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.stage = self.config.stage
+
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
         """Gives the layers, from 0, after whose attention the method acts in a tower of `depth` layers."""
-        raise NotImplementedError
+        return resolve_layers(self.config.layers, depth)
 
     def reduce(self, states: TokenStream, targets: Sequence[int], layer: LayerState) -> TokenStream:
         """Shortens every block.
@@ -135,6 +161,5 @@ def pool_states(states: TokenStream, budget: Sequence[int]) -> TokenStream:
         Tokens with slots at 25 per second.
     """
     counts = even_windows(states, budget)
-    slots, sizes = segment_centres(states.slots, states.sizes, counts)
-    embeds = segment_mean(states.embeds, states.sizes, counts)
+    embeds, slots, sizes = segment_merge(states.embeds, states.slots, states.sizes, counts)
     return TokenStream(embeds, tuple(budget), slots // (2 * SUBSLOTS), sizes)

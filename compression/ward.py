@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels import segment_centres, segment_mean, ward_exact, ward_greedy
-from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag
+from .base import CompressorConfig, Context, check_choice, check_count, check_flag
 from .budget import token_budget
-from .encoder import EncoderMethod, LayerState, check_layers, resolve_layers
+from .encoder import EncoderConfig, EncoderMethod, LayerState
 from .reading import read_attention
 from .registry import register
 from .stream import TokenStream
 
 
 @dataclass(frozen=True)
-class WardConfig(CompressorConfig):
+class WardConfig(EncoderConfig):
     """Options of `Ward`.
 
     Args:
@@ -37,8 +37,7 @@ class WardConfig(CompressorConfig):
         proportional_attention: let the LLM add log(size) to the attention logits of the tokens.
         max_segment: tokens per segment with "exact", raised where a clip's budget needs it. It cuts long silences,
             where "greedy", which has no cap, can do better; a greater one takes time in proportion.
-        stage: "connector" acts on the tower's output, "encoder" inside the tower, where later layers add log(size) too.
-        layers: of the tower that merge, from 0; or how many, evenly spaced.
+        stage: see `EncoderConfig`; inside the tower its later layers add log(size), too.
     """
 
     keep_ratio: float = 0.25
@@ -49,8 +48,6 @@ class WardConfig(CompressorConfig):
     norm_preserving: bool = True
     proportional_attention: bool = True
     max_segment: int = 40
-    stage: Literal["connector", "encoder"] = "connector"
-    layers: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,8 +58,6 @@ class WardConfig(CompressorConfig):
         check_flag("norm_preserving", self.norm_preserving)
         check_flag("proportional_attention", self.proportional_attention)
         check_count("max_segment", self.max_segment)
-        check_choice("stage", self.stage, ("connector", "encoder"))
-        object.__setattr__(self, "layers", check_layers(self.layers))
         if self.stage == "encoder" and self.budget == "batch":
             raise ValueError("budget='batch' is for stage='connector': inside the tower every block has its own budget")
 
@@ -88,10 +83,6 @@ class Ward(EncoderMethod):
     config: WardConfig
     presets: ClassVar = {"exact": {"segmentation": "exact"}, "encoder": {"stage": "encoder", "keep_ratio": 0.5}}
     summary = "contiguous segments of least variance; norm kept, size in the attention"
-
-    def __init__(self, config: CompressorConfig, sizes: Sizes) -> None:
-        super().__init__(config, sizes)
-        self.stage = self.config.stage
 
     @property
     def needs(self) -> frozenset[str]:
@@ -121,10 +112,6 @@ class Ward(EncoderMethod):
         share = token_budget(stream.lengths, self.config.keep_ratio)
         weighted = self.config.weights == "attention"
         return self.merge(stream, share, read_attention(stream, context, self.name) if weighted else None)
-
-    def encoder_layers(self, depth: int) -> tuple[int, ...]:
-        """Gives the layers that merge."""
-        return resolve_layers(self.config.layers, depth)
 
     def reduce(self, states: TokenStream, targets: Sequence[int], layer: LayerState) -> TokenStream:
         """Segments every block."""

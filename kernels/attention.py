@@ -10,9 +10,7 @@ from torch.nn import functional
 
 from .packed import bounds
 from .select import pad_clips
-from .varlen import can_use_varlen, varlen_attention
-
-_CHANNELS = 8  # head sizes must be multiples of it for the fast kernels
+from .varlen import HEAD_MULTIPLE, can_use_varlen, varlen_attention
 
 
 def block_attention(
@@ -70,7 +68,7 @@ def append_key_bias(
     bias = (key_bias.float() / scale).expand(*key.shape[:-1], 1)
     high = bias.to(key.dtype)
     low = (bias - high).to(key.dtype)
-    spare = _CHANNELS - 2 + -query.shape[-1] % _CHANNELS
+    spare = HEAD_MULTIPLE - 2 + -query.shape[-1] % HEAD_MULTIPLE
     ones = query.new_ones(*query.shape[:-1], 2)
     return (
         functional.pad(torch.cat([query, ones], dim=-1), (0, spare)),

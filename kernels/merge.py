@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .packed import clip_ids, positions
+from .select import ranked
 
 
 def merge_chains(
@@ -98,12 +99,8 @@ def _count(chosen: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def _best(scores: Tensor, lengths: Sequence[int], number: Tensor) -> Tensor:
     """Marks the `number[c]` best tokens of each clip, `[N]` bool."""
-    clips = clip_ids(lengths, scores.device)
-    by_score = torch.argsort(scores, descending=True, stable=True)
-    ranked = by_score[torch.argsort(clips[by_score], stable=True)]  # clip by clip, each from its best to its worst
-    return torch.empty_like(clips, dtype=torch.bool).scatter(
-        0, ranked, positions(lengths, scores.device) < number[clips]
-    )
+    within = positions(lengths, scores.device) < number[clip_ids(lengths, scores.device)]
+    return torch.empty_like(within).scatter(0, ranked(scores, lengths), within)
 
 
 def _from_the_left(picked: Tensor) -> Tensor:

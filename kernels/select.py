@@ -29,11 +29,14 @@ def top_k(scores: Tensor, lengths: Sequence[int], budget: Sequence[int], backend
         from . import triton_select
 
         return triton_select.top_k(scores, lengths, budget)
-    clips = clip_ids(lengths, scores.device)
-    by_score = torch.argsort(scores, descending=True, stable=True)
-    ranked = by_score[torch.argsort(clips[by_score], stable=True)]  # clip by clip, each from its best to its worst
     kept = offsets(lengths)[clip_ids(budget)] + positions(budget)
-    return ranked[kept.to(scores.device)].sort().values
+    return ranked(scores, lengths)[kept.to(scores.device)].sort().values
+
+
+def ranked(scores: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Gives the indices of all tokens, `[N]` int64: clip by clip, from the best to the worst, equal ones in order."""
+    by_score = torch.argsort(scores, descending=True, stable=True)
+    return by_score[torch.argsort(clip_ids(lengths, scores.device)[by_score], stable=True)]
 
 
 def evenly(lengths: Sequence[int], budget: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
-_MULTIPLE = 8  # of the head size, which the kernel asks for
+HEAD_MULTIPLE = 8  # of the head size, which fast attention kernels ask for
 
 
 @cache
@@ -26,7 +26,7 @@ def _kernel() -> tuple[Callable[..., Any], bool] | None:
 
 def can_use_varlen(query: Tensor) -> bool:
     """Tells whether `varlen_attention` takes these queries: on a GPU, in half precision, with a fitting head size."""
-    return query.is_cuda and query.dtype in _HALF and query.shape[-1] % _MULTIPLE == 0 and _kernel() is not None
+    return query.is_cuda and query.dtype in _HALF and query.shape[-1] % HEAD_MULTIPLE == 0 and _kernel() is not None
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:

@@ -13,12 +13,10 @@ from . import parts
 from .layout import Kind, Layout, TokenIds
 from .rewrite import IGNORE
 
-MEDIA_KINDS = (Kind.AUDIO.value, Kind.VIDEO.value)
-
 
 def prompt_index(layout: Layout, labels: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
     """Gives the flat indices of what is neither audio, video, padding nor an answer, and how many each sample has."""
-    prompt = layout.mask & ~_is(layout, MEDIA_KINDS)
+    prompt = layout.mask & ~layout.is_media
     if labels is not None:
         prompt &= labels == IGNORE
     return prompt.flatten().nonzero().squeeze(1), tuple(prompt.sum(dim=1).tolist())
@@ -36,7 +34,7 @@ def fill(
     labels: Tensor | None,
     ids: TokenIds,
     ends: Collection[int],
-) -> Context:
+) -> None:
     """Fills in what `needs` names and the audio tower does not give.
 
     Args:
@@ -83,7 +81,6 @@ def fill(
         context.video_seconds = _rows(layout.second.flatten()[:, None], is_video, samples).embeds[:, 0]
     if "first_layer" in needs:
         context.first_layer = parts.language_model(thinker).layers[0]
-    return context
 
 
 def question_mask(
@@ -95,7 +92,7 @@ def question_mask(
     around media. Chat templates put a turn's media before its text; of a dialogue it is the first question.
     """
     text = layout.kind == Kind.TEXT.value
-    media = _is(layout, (*MEDIA_KINDS, Kind.IMAGE.value))
+    media = layout.is_media | (layout.kind == Kind.IMAGE.value)
     stop = torch.isin(input_ids, torch.tensor(sorted(ends), device=input_ids.device, dtype=input_ids.dtype))
     if labels is not None:
         stop |= labels != IGNORE
@@ -104,10 +101,6 @@ def question_mask(
     marks = [ids.audio_start, ids.audio_end, ids.vision_start, ids.vision_end]
     is_mark = torch.isin(input_ids, torch.tensor(marks, device=input_ids.device, dtype=input_ids.dtype))
     return text & inside & ~ended & ~is_mark
-
-
-def _is(layout: Layout, kinds: Sequence[int]) -> Tensor:
-    return torch.isin(layout.kind, torch.tensor(kinds, device=layout.kind.device))
 
 
 def _samples_of_clips(layout: Layout) -> list[int]:

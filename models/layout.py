@@ -161,13 +161,18 @@ class Layout:
         """Which tokens are real, `[B, L]` bool."""
         return self.kind != Kind.PAD.value
 
+    @property
+    def is_media(self) -> Tensor:
+        """Which tokens are audio or video, `[B, L]` bool."""
+        return (self.kind == Kind.AUDIO.value) | (self.kind == Kind.VIDEO.value)
+
     def index(self, kind: Kind) -> Tensor:
         """Gives the flat indices (into `[B * L]`) of all tokens of one kind in batch order, int64."""
         return (self.kind == kind.value).flatten().nonzero().squeeze(1)
 
     def joint_index(self) -> tuple[Tensor, tuple[int, ...]]:
         """Gives the flat indices of all audio and video tokens in batch order, `[N]`, and how many each sample has."""
-        media = (self.kind == Kind.AUDIO.value) | (self.kind == Kind.VIDEO.value)
+        media = self.is_media
         return media.flatten().nonzero().squeeze(1), tuple(media.sum(dim=1).tolist())
 
     def gather(self, index: Tensor, mask: Tensor) -> Layout:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..kernels import block_attention
+from ..kernels.packed import bounds
 from ..kernels.varlen import can_use_varlen, varlen_attention
 from . import parts
 
@@ -86,13 +87,9 @@ def _vision_plan(
         "window_index": index.to(device),
         "cu_window_seqlens": windows.to(device),
         "max_window_seqlen": int(windows.diff().max()),
-        "cu_seqlens": _bounds(frames).to(device),
+        "cu_seqlens": bounds(tuple(frames.tolist()), device),
         "max_seqlen": int(frames.max()),
     }
-
-
-def _bounds(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
 
 
 def _attend(

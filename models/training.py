@@ -107,17 +107,20 @@ def fit_speech_rate(
         return []
     states, words = [], []
     for sample in tqdm(samples, desc="states for the speech rate"):
-        states.append(_last_states(model, sample["input_features"][None].to(model.device)))
+        states.append(_last_states(model, sample))
         words.append(len(texts[sample["id"]].split()))
     rates = relative_rates(words, [len(s) / STATES_PER_SECOND for s in states])
     return train_speech_rate(predictor, states, rates, steps, seed=seed)
 
 
 @torch.no_grad()
-def _last_states(model: CompressedOmni, features: Tensor) -> Tensor:
-    """Gives what a compressor reads as `encoder_hidden` of one clip `[1, mel, T]`: `[n, D_enc]`."""
-    mask = torch.ones(features.shape[::2], dtype=torch.long, device=features.device)
-    context = encode_audio(model.thinker, features, mask, needs=frozenset({"encoder_hidden"}))[1]
+def _last_states(model: CompressedOmni, sample: dict[str, Any]) -> Tensor:
+    """Gives what the compressor reads as `encoder_hidden` of a sample, `[n, D_enc]`; kept states are used again."""
+    features, kept = sample["input_features"][None].to(model.device), sample.get("audio_hidden")
+    mask = torch.ones(features.shape[::2], dtype=torch.long, device=model.device)
+    kept = None if kept is None else kept.to(model.device)
+    assert model.compressor is not None
+    context = encode_audio(model.thinker, features, mask, needs=model.compressor.needs, audio_hidden=kept)[1]
     assert context.encoder_hidden is not None
     return context.encoder_hidden.embeds.float()
 

@@ -8,6 +8,7 @@ from audiopress import CompressedOmni, build
 from audiopress.compression.base import Compressor, CompressorConfig, Sizes
 from audiopress.compression.budget import token_budget
 from audiopress.compression.chain import Chain
+from audiopress.compression.encoder import EncoderConfig
 from audiopress.kernels import top_k
 from audiopress.models import parts
 from audiopress.models.layout import Kind
@@ -279,7 +280,7 @@ def test_what_is_drawn_at_random_follows_the_seed_and_changes_in_training(thinke
 
 @torch.no_grad()
 def test_a_chain_from_the_tower_on(thinker):
-    inside = FirstOfBlock(CompressorConfig(0.5), Sizes(32, 24))
+    inside = FirstOfBlock(EncoderConfig(0.5, stage="encoder"), Sizes(32, 24))
     chain = Chain([inside, build("pooling", hidden_size=32, encoder_size=24, keep_ratio=0.5)])
     assert chain.stage == "encoder"
     assert chain.config.keep_ratio == 0.25

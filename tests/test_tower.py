@@ -5,9 +5,10 @@ import torch
 from tiny import MEL, make_thinker
 
 from audiopress import TokenStream
-from audiopress.compression.base import CompressorConfig, Sizes
+from audiopress.compression.base import Sizes
 from audiopress.compression.encoder import (
     SUBSLOTS,
+    EncoderConfig,
     EncoderMethod,
     block_targets,
     layer_targets,
@@ -27,17 +28,13 @@ class FirstOfBlock(EncoderMethod):
     """Keeps the first states of every block: the simplest method that can act inside the tower."""
 
     name = "first-of-block"
-    stage = "encoder"
-
-    def encoder_layers(self, depth):
-        return resolve_layers(2, depth)
 
     def reduce(self, states, targets, layer):
         return states.select(top_k(torch.zeros_like(states.sizes), states.lengths, targets), targets)
 
 
 def method(keep_ratio):
-    return FirstOfBlock(CompressorConfig(keep_ratio), Sizes(32, 24))
+    return FirstOfBlock(EncoderConfig(keep_ratio, stage="encoder"), Sizes(32, 24))
 
 
 def features(seed=0, frames=MEL_FRAMES):
