@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .budget import check_keep_ratio, token_budget
-from .stream import TokenStream
+from .checks import check_values
+from .stream import TokenStream, clip_ids
 
 Stage = Literal["encoder", "connector", "joint"]
 
@@ -337,7 +338,15 @@ def check_number(option: str, value: object, interval: str) -> None:
 
 def check_finite(stream: TokenStream, method: str, what: str = "embeddings") -> None:
     """Raises ValueError that names the first clip with a NaN or infinite value in its `what`."""
-    finite: Tensor = stream.embeds.isfinite().all(dim=1)
-    if not bool(finite.all()):
-        clip = int(stream.clips[~finite][0])
-        raise ValueError(f"{method}: clip {clip} of {len(stream.lengths)} has NaN or infinite {what}")
+    bad = ~stream.embeds.isfinite().all(dim=1)
+    check_tokens(bad, stream.lengths, method, f"NaN or infinite {what}")
+
+
+def check_tokens(bad: Tensor, lengths: Sequence[int], method: str, what: str) -> None:
+    """Raises ValueError that names the first clip that has `what`, as `bad` `[N]` says; see `check_values`."""
+
+    def error() -> ValueError:
+        clip = int(clip_ids(lengths, bad.device)[bad][0])
+        return ValueError(f"{method}: clip {clip} of {len(lengths)} has {what}")
+
+    check_values(bad, error)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import segment_mean
-from .base import Context, check_finite
+from ..kernels import segment_mean, upload
+from .base import Context, check_finite, check_tokens
 from .stream import TokenStream
 
 
@@ -23,9 +23,7 @@ def read_attention(stream: TokenStream, context: Context, method: str) -> Tensor
             f"{method}: encoder_attention must be [N] = {list(stream.slots.shape)}, got {list(attention.shape)}"
         )
     check_finite(stream.replace(embeds=attention[:, None]), method, "encoder_attention")
-    if bool((attention < 0).any()):
-        clip = int(stream.clips[attention < 0][0])
-        raise ValueError(f"{method}: clip {clip} of {len(stream.lengths)} has negative encoder_attention")
+    check_tokens(attention < 0, stream.lengths, method, "negative encoder_attention")
     return attention.detach().float()
 
 
@@ -57,10 +55,12 @@ def question_cosine(stream: TokenStream, question: TokenStream) -> Tensor:
         stream: the clips' tokens, `[N, D]`.
         question: at least one word for each clip that has tokens, `[Q, D]`.
     """
-    asked = torch.tensor(question.lengths, dtype=torch.long, device=stream.embeds.device)
+    device = stream.embeds.device
+    asked = [clip for clip, n in enumerate(question.lengths) if n]
+    counts = upload([question.lengths[clip] for clip in asked], device)
     words = functional.normalize(question.embeds.float(), dim=1)
-    mean = words.new_zeros(len(asked), words.shape[1])  # [C, D]; the mean of cosines is the product with the mean
-    mean[asked > 0] = segment_mean(words, torch.ones_like(words[:, 0]), asked[asked > 0])
+    means = segment_mean(words, torch.ones_like(words[:, 0]), counts)  # the mean of cosines is the product with it
+    mean = words.new_zeros(len(question.lengths), words.shape[1]).index_copy(0, upload(asked, device), means)  # [C, D]
     # not a matrix product, which autocast would take in bf16, and where copies of a token differ by rounding
     return (functional.normalize(stream.embeds.float(), dim=1) * mean[stream.clips]).sum(dim=1)
 

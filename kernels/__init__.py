@@ -3,7 +3,7 @@
 from .attention import block_attention
 from .greedy import farthest_first, greedy_map
 from .merge import merge_chains, merge_pairs, nest_runs, run_lengths
-from .packed import clip_ids, offsets, positions, unfold
+from .packed import clip_ids, offsets, positions, unfold, upload
 from .received import attention_received
 from .segment import segment_centres, segment_mean, segment_merge, segment_reduce, segment_softmax
 from .select import TIE, adjacent_cosine, evenly, most_alike, pad_clips, top_k
@@ -33,6 +33,7 @@ __all__ = [
     "segment_softmax",
     "top_k",
     "unfold",
+    "upload",
     "ward_exact",
     "ward_greedy",
 ]

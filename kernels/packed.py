@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
+def upload(numbers: Tensor | Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Gives whole numbers as int64 on a device, without waiting for what it still has to do."""
+    tensor = torch.as_tensor(numbers, dtype=torch.long)
+    if device is None or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # from other memory it would wait
+
+
 def clip_ids(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Gives the clip of every packed token, `[N]` int64: lengths (2, 0, 3) give 0 0 2 2 2."""
-    counts = torch.tensor(lengths, dtype=torch.long)
-    return torch.repeat_interleave(torch.arange(len(lengths)), counts).to(device)
+    return torch.repeat_interleave(upload(lengths, device), output_size=sum(lengths))
 
 
 def offsets(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Gives where each clip starts, and the end of the last: `[C + 1]` int64, as flash attention's `cu_seqlens`."""
-    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0).to(device, non_blocking=True)
+    return upload([0, *accumulate(lengths)], device)
 
 
 @lru_cache(maxsize=128)
 def bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Gives `offsets` as int32, and the same tensor for the same lengths: every layer of a tower asks for it."""
-    return offsets(lengths, device).int()
+    with torch.inference_mode(False):  # it may be used again where there are gradients
+        return offsets(lengths, device).int()
 
 
 def positions(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Gives every packed token's index inside its clip: `[N]` int64: lengths (2, 0, 3) give 0 1 0 1 2."""
-    starts = offsets(lengths)[:-1]
-    return (torch.arange(sum(lengths)) - starts[clip_ids(lengths)]).to(device)
+    starts = offsets(lengths, device)[clip_ids(lengths, device)]
+    return torch.arange(len(starts), device=device) - starts
 
 
 def unfold(
