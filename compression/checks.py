@@ -1,4 +1,4 @@
-"""Checks of values. On a GPU each would wait for everything before it; inside `deferred_checks` they are read together."""
+"""Checks of values. On a GPU each would wait for all the work before it; `deferred_checks` reads them together."""
 
 from __future__ import annotations
 

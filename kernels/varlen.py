@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+_TAKES_SCALE = varlen_attn is not None and "scale" in inspect.signature(varlen_attn).parameters
 _HALF = (torch.float16, torch.bfloat16)
 HEAD_MULTIPLE = 8  # of the head size, which fast attention kernels ask for
 
 
-@cache
-def _kernel() -> tuple[Callable[..., Any], bool] | None:
-    """Gives torch's variable-length attention and whether it takes a scale; None before it came (2.10)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn, "scale" in inspect.signature(varlen_attn).parameters
-
-
 def can_use_varlen(query: Tensor) -> bool:
     """Tells whether `varlen_attention` takes these queries: on a GPU, in half precision, with a fitting head size."""
-    return query.is_cuda and query.dtype in _HALF and query.shape[-1] % HEAD_MULTIPLE == 0 and _kernel() is not None
+    return query.is_cuda and query.dtype in _HALF and query.shape[-1] % HEAD_MULTIPLE == 0 and varlen_attn is not None
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
@@ -43,11 +36,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
     Returns:
         `[N, H, d]`.
     """
-    known = _kernel()
-    assert known is not None
-    kernel, takes_scale = known
     blocks = (bounds, bounds, longest, longest)
-    if takes_scale:
-        return kernel(query, key, value, *blocks, scale=scale)
+    if _TAKES_SCALE:
+        return varlen_attn(query, key, value, *blocks, scale=scale)
     # The oldest form has a fixed scale of 1/sqrt(d): the queries carry the difference.
-    return kernel(query * (scale * query.shape[-1] ** 0.5), key, value, *blocks)
+    return varlen_attn(query * (scale * query.shape[-1] ** 0.5), key, value, *blocks)

@@ -1,0 +1,30 @@
+"""Compiled layers: many small operations in one, by torch.compile, where the layers of the model are slow for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from . import parts
+
+
+def compile_layers(thinker: nn.Module) -> None:
+    """Compiles parts of the model, on their first use: seconds for each kind of part, whatever their number.
+
+    They are the vision tower's blocks (half of whose time goes to norms and rotary positions in float32) and the LLM's
+    norms and feed-forwards. Lengths stay open, so that another clip compiles nothing. Weights and their names stay as
+    they are; results change by rounding alone.
+    """
+    for part in compilable(thinker):
+        if part._compiled_call_impl is None:
+            part.compile(dynamic=True)
+
+
+def compilable(thinker: nn.Module) -> Iterator[nn.Module]:
+    """Gives the parts that `compile_layers` compiles."""
+    yield from parts.vision_tower(thinker).blocks
+    language_model = parts.language_model(thinker)
+    for layer in language_model.layers:
+        yield from (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+    yield language_model.norm
