@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from ..kernels import merge_pairs
+from ..kernels import adjacent_cosine, merge_pairs, segment_mean
 from .base import CompressorConfig, Context, check_choice, check_count
 from .encoder import EncoderConfig, EncoderMethod, LayerState
-from .merging import MergeCompressor, Merged, ThresholdConfig, excess
+from .merging import MergeCompressor, Merged, ThresholdConfig, excess, merge_runs
 from .registry import register
 from .stream import TokenStream
 
@@ -98,24 +99,32 @@ class AToMe(MergeCompressor, EncoderMethod):
 
     def merge_round(self, merged: Merged, merges: Sequence[int]) -> Merged:
         """Merges the best pairs of every clip, `merges` of them or as many as there are."""
-        merges = [min(k, n // 2) for k, n in zip(merges, merged.lengths, strict=True)]
-        threshold = math.inf if self.config.threshold is None else self.config.threshold
-        counts = merge_pairs(merged.similarity(), merged.lengths, merges, threshold, self.config.pairs)
+        counts, left = self.pair(merged.metric, merged.lengths, merges)
         weights = merged.sizes if self.config.average == "size" else torch.ones_like(merged.sizes)
-        left = None if self.adaptive else [n - k for n, k in zip(merged.lengths, merges, strict=True)]
         return merged.merge(counts, weights, left)
+
+    def pair(
+        self, metric: Tensor, lengths: Sequence[int], merges: Sequence[int]
+    ) -> tuple[Tensor, tuple[int, ...] | None]:
+        """Gives the tokens per run, `[M]` int64, and how many runs each clip has, where that is known beforehand."""
+        merges = [min(k, n // 2) for k, n in zip(merges, lengths, strict=True)]
+        threshold = math.inf if self.config.threshold is None else self.config.threshold
+        counts = merge_pairs(adjacent_cosine(metric, lengths), lengths, merges, threshold, self.config.pairs)
+        return counts, None if self.adaptive else tuple(n - k for n, k in zip(lengths, merges, strict=True))
 
     def reduce(self, states: TokenStream, targets: Sequence[int], layer: LayerState) -> TokenStream:
         """Merges inside every block; more than once where half is still too much."""
-        keys = layer.keys.detach().float().unflatten(1, (self.config.key_heads, -1)).mean(1)
-        runs = torch.ones_like(states.slots)
-        by_keys = self.config.metric == "keys"
-        merged = Merged(states.embeds.float(), keys if by_keys else None, states.sizes, runs, states.lengths)
-        merged = self.merge_round(merged, excess(merged.lengths, targets))
-        while any(more := excess(merged.lengths, targets)):
-            merged = self.merge_round(merged, more)
-        out = self.finish(states, merged)
-        return out.replace(embeds=out.embeds.to(states.embeds.dtype))
+        keys = None
+        if self.config.metric == "keys":
+            keys = layer.keys.detach().unflatten(1, (self.config.key_heads, -1)).mean(dim=1, dtype=torch.float32)
+        rounds = 0
+        while any(more := excess(states.lengths, targets)) or (self.adaptive and not rounds):
+            counts, lengths = self.pair(states.embeds.detach() if keys is None else keys, states.lengths, more)
+            if keys is not None:
+                keys = segment_mean(keys, states.sizes, counts)
+            states = merge_runs(states, counts, lengths, plain=self.config.average == "plain")
+            rounds += 1
+        return states
 
 
 def _targets(lengths: Sequence[int], budget: Sequence[int], progress: float) -> list[int]:

@@ -9,7 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels import adjacent_cosine, clip_ids, nest_runs, segment_centres, segment_mean, segment_reduce
+from ..kernels import (
+    adjacent_cosine,
+    clip_ids,
+    nest_runs,
+    segment_centres,
+    segment_mean,
+    segment_merge,
+    segment_reduce,
+)
 from .base import Compressor, CompressorConfig, Context, check_choice, check_count, check_flag, check_number
 from .reading import read_keys
 from .stream import TokenStream
@@ -99,15 +107,12 @@ class Merged:
             weights: of the mean.
             lengths: runs per clip, where they are known; to count them is to wait for the GPU.
         """
-        if lengths is None:
-            ends = clip_ids(self.lengths, counts.device)[counts.cumsum(0) - 1]
-            lengths = torch.bincount(ends, minlength=len(self.lengths)).tolist()
         return Merged(
             embeds=segment_mean(self.embeds, weights, counts),
             keys=None if self.keys is None else segment_mean(self.keys, weights.detach(), counts),
             sizes=segment_reduce(self.sizes, "sum", counts),
             runs=nest_runs(self.runs, counts),
-            lengths=tuple(lengths),
+            lengths=runs_per_clip(self.lengths, counts) if lengths is None else tuple(lengths),
         )
 
 
@@ -145,6 +150,32 @@ class MergeCompressor(Compressor):
         """Gives the merged tokens of `stream`, each at the centre of all that went into it."""
         slots, sizes = segment_centres(stream.slots, stream.sizes, merged.runs)
         return stream.replace(embeds=merged.embeds, lengths=merged.lengths, slots=slots, sizes=sizes)
+
+
+def merge_runs(
+    stream: TokenStream, counts: Tensor, lengths: Sequence[int] | None = None, plain: bool = False
+) -> TokenStream:
+    """Replaces every run of `counts` `[M]` tokens by their mean, at their centre.
+
+    Args:
+        stream: the tokens.
+        counts: tokens per run; no run crosses from one clip into another.
+        lengths: runs per clip, where they are known; to count them is to wait for the GPU.
+        plain: the mean counts all tokens alike, instead of by their sizes.
+    """
+    if plain:
+        embeds = segment_mean(stream.embeds, torch.ones_like(stream.sizes), counts)
+        slots, sizes = segment_centres(stream.slots, stream.sizes, counts)
+    else:
+        embeds, slots, sizes = segment_merge(stream.embeds, stream.slots, stream.sizes, counts)
+    lengths = runs_per_clip(stream.lengths, counts) if lengths is None else tuple(lengths)
+    return stream.replace(embeds=embeds, lengths=lengths, slots=slots, sizes=sizes)
+
+
+def runs_per_clip(lengths: Sequence[int], counts: Tensor) -> tuple[int, ...]:
+    """Gives how many runs of `counts` `[M]` tokens each clip has."""
+    ends = clip_ids(lengths, counts.device)[counts.cumsum(0) - 1]
+    return tuple(torch.bincount(ends, minlength=len(lengths)).tolist())
 
 
 def excess(lengths: Sequence[int], targets: Sequence[int]) -> list[int]:

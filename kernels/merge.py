@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .packed import clip_ids, positions
-from .select import ranked
+from .packed import clip_ids, positions, upload
+from .select import ranked, top_k
 
 
 def merge_chains(
@@ -31,8 +31,10 @@ def merge_chains(
     Returns:
         The tokens in each run, `[M]` int64.
     """
-    least = torch.tensor(merges, dtype=torch.long).to(similarity.device)
-    picks = torch.maximum(least, _count(similarity > threshold, lengths))
+    if math.isinf(threshold):
+        joined = torch.zeros_like(similarity, dtype=torch.bool)
+        return run_lengths(joined.index_fill(0, top_k(similarity, lengths, merges), True), sum(lengths) - sum(merges))
+    picks = torch.maximum(upload(merges, similarity.device), _count(similarity > threshold, lengths))
     return run_lengths(_best(similarity, lengths, picks))
 
 
@@ -60,24 +62,27 @@ def merge_pairs(
     if pairs == "even-odd":  # no two such pairs touch: every chain of them is a pair
         similarity = similarity.masked_fill(positions(lengths, similarity.device) % 2 == 1, -torch.inf)
         return merge_chains(similarity, lengths, merges, threshold)
-    least = torch.tensor(merges, dtype=torch.long).to(similarity.device)
+    least = upload(merges, similarity.device)
     low, high = least, 2 * least  # a run of picks makes a pair of every second one, so twice as many are enough
     # One more pick makes one more pair or none, so bisection finds the fewest that make `merges`.
     for _ in range(max(merges, default=0).bit_length()):
         middle = (low + high) // 2
         enough = _count(_from_the_left(_best(similarity, lengths, middle)), lengths) >= least
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    picks = torch.maximum(high, _count(similarity > threshold, lengths))
-    return run_lengths(_from_the_left(_best(similarity, lengths, picks)))
+    total: int | None = sum(lengths) - sum(merges)
+    if not math.isinf(threshold):
+        high, total = torch.maximum(high, _count(similarity > threshold, lengths)), None
+    return run_lengths(_from_the_left(_best(similarity, lengths, high)), total)
 
 
-def run_lengths(joined: Tensor) -> Tensor:
+def run_lengths(joined: Tensor, total: int | None = None) -> Tensor:
     """Gives the rows in each run, `[M]` int64: 1 1 0 0 1 0 give 3 1 2.
 
     Args:
         joined: `[N]` bool, whether a row is in one run with the next; never the last row of a clip.
+        total: M, where it is known; to count it is to wait for the GPU.
     """
-    ends = (~joined).nonzero().squeeze(1)
+    ends = ((~joined).nonzero() if total is None else (~joined).nonzero_static(size=total)).squeeze(1)
     return ends.diff(prepend=ends.new_full((1,), -1))
 
 
@@ -94,7 +99,8 @@ def nest_runs(inner: Tensor, outer: Tensor) -> Tensor:
 
 def _count(chosen: Tensor, lengths: Sequence[int]) -> Tensor:
     """Counts the chosen tokens of each clip, `[C]`."""
-    return torch.bincount(clip_ids(lengths, chosen.device)[chosen], minlength=len(lengths))
+    counts = torch.zeros(len(lengths), dtype=torch.long, device=chosen.device)
+    return counts.index_add(0, clip_ids(lengths, chosen.device), chosen.long())
 
 
 def _best(scores: Tensor, lengths: Sequence[int], number: Tensor) -> Tensor:
