@@ -19,11 +19,11 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 from transformers.audio_utils import hertz_to_mel, mel_filter_bank, spectrogram, window_function
 
+from audiopress.benchmarks.style import DPI, FAINT, INK, clean, legend_style, save
 from audiopress.compression import TokenStream
 from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND
 
-_DPI = 150
-_INK, _FAINT, _GRID, _EMPTY = "#1f2933", "#66727f", "#e4e7eb", "#f1f3f5"
+_EMPTY = "#f1f3f5"
 _TOTAL, _HELD_OUT, _ALARM = "#1f3a5f", "#d1495b", "#b42318"
 _PARTS = ("#2a9d8f", "#e09f3e", "#8e6bbf", "#5b9bd5", "#8d6e63", "#7f8c3b")
 _UNCOMPRESSED, _MERGED, _KEPT = ("#7b8794", "#b8c1cb"), ("#1f6f9f", "#8cc3e3"), ("#e07a1f", "#e07a1f")
@@ -56,7 +56,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: Path | str) -> Pat
     if not {"loss", *parts, *held_out} & keys:
         raise ValueError(f"none of the history's {len(history)} entries has a step and a loss")
 
-    figure = Figure(figsize=(8, 6.6), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(8, 6.6), dpi=DPI, facecolor="white")
     loss, rate, norm = panels = figure.subplots(3, sharex=True, height_ratios=[2.2, 1, 1])
     figure.subplots_adjust(left=0.105, right=0.98, top=0.89, bottom=0.075, hspace=0.13)
 
@@ -72,7 +72,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: Path | str) -> Pat
         values.append(points)
     _set_scale(loss, np.concatenate(values))
     if len(values) > 1 or "loss" not in keys:
-        loss.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=6, handlelength=1.4, **_legend_style())
+        loss.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=6, handlelength=1.4, **legend_style())
     else:
         figure.subplots_adjust(top=0.93)
 
@@ -81,12 +81,12 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: Path | str) -> Pat
     if len(points) and np.nanmax(points, initial=0) > 0:
         rate.set_ylim(*(np.nanmax(points) * np.array([-0.05, 1.1])))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    rate.yaxis.get_offset_text().set(size=8, color=_FAINT)
+    rate.yaxis.get_offset_text().set(size=8, color=FAINT)
     _set_scale(norm, _draw_line(norm, *_series(history, "grad_norm"), _TOTAL))
 
     for panel, label in zip(panels, ("loss (nats)", "learning rate", "gradient norm\n(unclipped)"), strict=True):
-        _clean(panel)
-        panel.set_ylabel(label, size=9, color=_INK)
+        clean(panel)
+        panel.set_ylabel(label, size=9, color=INK)
         if not panel.lines:
             panel.set_yticks([])
     figure.align_ylabels(panels)
@@ -94,12 +94,12 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: Path | str) -> Pat
     steps_label = (
         "optimizer step   (pale: every logged value; strong: running median)" if smoothed else "optimizer step"
     )
-    norm.set_xlabel(steps_label, size=9, color=_INK)
+    norm.set_xlabel(steps_label, size=9, color=INK)
     norm.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
     norm.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     title, alarm = _training_title(history, ("loss", *parts, *held_out))
-    figure.text(0.02, 0.975, title, size=11.5, weight="bold", va="top", color=_ALARM if alarm else _INK)
-    return _save(figure, path)
+    figure.text(0.02, 0.975, title, size=11.5, weight="bold", va="top", color=_ALARM if alarm else INK)
+    return save(figure, path)
 
 
 def plot_tokens(
@@ -146,10 +146,10 @@ def plot_tokens(
     head, tall, row, gap, foot = (x * zoom for x in (0.5 + 0.2 * len(lines), 2.3, 0.36, 0.36, 0.62))
     width, height = left + middle + right, head + tall + gap + row * len(spans) + foot
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     picture = figure.add_axes((left / width, 1 - (head + tall) / height, middle / width, tall / height))
     strips = figure.add_axes((left / width, foot / height, middle / width, row * len(spans) / height))
-    top: dict[str, Any] = {"va": "top", "parse_math": False, "color": _INK}
+    top: dict[str, Any] = {"va": "top", "parse_math": False, "color": INK}
     figure.text(left / width, 1 - 0.13 * zoom / height, title, size=12 * zoom, weight="bold", **top)
     figure.text(left / width, 1 - 0.4 * zoom / height, "\n".join(lines), size=9.5 * zoom, style="italic", **top)
 
@@ -158,11 +158,11 @@ def plot_tokens(
     thin = min(0.8, 0.1 * 72 * middle / max(len(edges), 1))  # lines over at most a tenth of the picture
     picture.vlines(edges, 0, 1, transform=picture.get_xaxis_transform(), color="white", lw=thin, alpha=0.85)
     note = textwrap.fill(f"white lines: where the tokens of {chosen} begin and end", 26)
-    picture.text(1 + 0.12 / middle, 1, note, transform=picture.transAxes, size=8.5 * zoom, **{**top, "color": _FAINT})
+    picture.text(1 + 0.12 / middle, 1, note, transform=picture.transAxes, size=8.5 * zoom, **{**top, "color": FAINT})
     _draw_strips(strips, spans, length, seconds, middle, zoom)
     for axes in (picture, strips):
         axes.set_xlim(0, seconds)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +184,7 @@ def _draw_line(
     """Draws one series, thin, and with a running median where it has many points; gives its values."""
     if not len(values):
         here: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center", "backgroundcolor": "white"}
-        axes.text(0.5, 0.5, "not logged", size=9, color=_FAINT, **here)
+        axes.text(0.5, 0.5, "not logged", size=9, color=FAINT, **here)
     elif len(values) < _MANY_POINTS or not smooth:
         marker: dict[str, Any] = {"marker": "o", "ms": 3} if len(values) <= _FEW_POINTS else {}
         axes.plot(steps, values, color=colour, lw=1.2, label=label, zorder=zorder, **marker)
@@ -301,8 +301,8 @@ def _draw_spectrogram(axes: Axes, samples: np.ndarray, sampling_rate: int, zoom:
     axes.set_yticks(
         [min(float(hertz_to_mel(hertz)), extent[3]) for hertz in ticks], [f"{hertz / 1000:g}" for hertz in ticks]
     )
-    axes.set_ylabel("frequency (kHz, mel)", size=9 * zoom, color=_INK)
-    _clean(axes, zoom)
+    axes.set_ylabel("frequency (kHz, mel)", size=9 * zoom, color=INK)
+    clean(axes, zoom)
     axes.grid(False)
     axes.tick_params(labelbottom=False)
 
@@ -313,9 +313,9 @@ def _draw_strips(
     """Draws a row of boxes per method, its name to the left and its counts to the right."""
     across = axes.get_yaxis_transform()
     columns = [1 + x * zoom / inches for x in (0.7, 1.45, 2.3)]
-    plain: dict[str, Any] = {"va": "center", "ha": "right", "parse_math": False, "transform": across, "color": _INK}
+    plain: dict[str, Any] = {"va": "center", "ha": "right", "parse_math": False, "transform": across, "color": INK}
     for column, label in zip(columns, ("tokens", "tokens/s", "keep ratio"), strict=True):
-        axes.text(column, -0.25, label, size=8.5 * zoom, **{**plain, "color": _FAINT})
+        axes.text(column, -0.25, label, size=8.5 * zoom, **{**plain, "color": FAINT})
     kinds = {}
     for row, (name, span) in enumerate(spans.items()):
         widths = span[:, 1] - span[:, 0]
@@ -339,11 +339,11 @@ def _draw_strips(
         for column, number in zip(columns, numbers, strict=True):
             axes.text(column, row + 0.5, number, size=9.5 * zoom, **plain)
     axes.set_ylim(len(spans), 0)
-    _clean(axes, zoom)
+    clean(axes, zoom)
     axes.grid(False)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("time (s)", size=9 * zoom, color=_INK, loc="left")
+    axes.set_xlabel("time (s)", size=9 * zoom, color=INK, loc="left")
     legend = {label: tuple(Patch(facecolor=colour) for colour in dict.fromkeys(kinds[label])) for label in kinds}
     axes.legend(
         list(legend.values()),
@@ -355,26 +355,5 @@ def _draw_strips(
         handlelength=1.6,
         borderaxespad=0,
         borderpad=0,
-        **_legend_style(zoom),
+        **legend_style(zoom),
     )
-
-
-def _clean(axes: Axes, zoom: float = 1) -> None:
-    """Takes away what is not needed, and sets the type."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color=_FAINT, linewidth=0.6)
-    axes.tick_params(labelsize=8.5 * zoom, color=_FAINT, labelcolor=_FAINT, length=3, width=0.6, which="major")
-    axes.tick_params(length=0, labelbottom=False, labelleft=False, which="minor")
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _legend_style(zoom: float = 1) -> dict[str, Any]:
-    return {"frameon": False, "fontsize": 8.5 * zoom, "labelcolor": _INK}
-
-
-def _save(figure: Figure, path: Path | str) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
