@@ -82,8 +82,9 @@ class TokenStream:
         """Keeps the first `lengths[c]` tokens of each clip."""
         if tuple(lengths) == self.lengths:
             return self
-        index = offsets(self.lengths)[clip_ids(lengths)] + positions(lengths)
-        return self.select(index.to(self.embeds.device), lengths)
+        device = self.embeds.device
+        index = offsets(self.lengths, device)[clip_ids(lengths, device)] + positions(lengths, device)
+        return self.select(index, lengths)
 
     def split(self) -> list[TokenStream]:
         """Gives each clip as a stream of its own (without the losses, which belong to the whole)."""

@@ -41,7 +41,7 @@ def encode_audio(
     Args:
         thinker: the model.
         input_features: `[C, mel, T]` log-mel, 100 frames per second, right-padded.
-        feature_attention_mask: `[C, T]`, 1 at real frames.
+        feature_attention_mask: `[C, T]`, 1 at real frames; best on the CPU, as what is read of it must be known there.
         needs: what to capture on the way, as a compressor's `needs`.
         audio_hidden: `[N, D_enc]`, what `hidden_audio` gave for these clips, these needs and this method: then the
             layers before are not run again.
@@ -54,7 +54,7 @@ def encode_audio(
         ValueError: a clip is too short to give a token, or the tower gives another number of tokens than its length
             promises.
     """
-    mel_frames = feature_attention_mask.sum(dim=1)
+    mel_frames = feature_attention_mask.sum(dim=1).cpu()
     lengths = audio_lengths(mel_frames)
     if 0 in lengths:
         raise ValueError(f"audio clip {lengths.index(0)} of {len(lengths)} is too short: it needs 3 mel frames (30 ms)")
@@ -70,7 +70,9 @@ def encode_audio(
             with _last_states(tower) as captured:
                 features = _features(
                     thinker.get_audio_features(
-                        input_features.to(dtype), feature_attention_mask=feature_attention_mask, return_dict=True
+                        input_features.to(dtype),
+                        feature_attention_mask=feature_attention_mask.to(device),
+                        return_dict=True,
                     )
                 )
             audio = TokenStream(features, tuple(lengths))
@@ -119,7 +121,7 @@ def hidden_audio(
     acts. Valid as long as nothing before that point is trained or changed, whatever the method's keep ratio.
     """
     tower = parts.audio_tower(thinker)
-    mel_frames = feature_attention_mask.sum(dim=1)
+    mel_frames = feature_attention_mask.sum(dim=1).cpu()
     frames = ((mel_frames - 1) // 2 + 1).tolist()
     start = first_step(tower, needs, method)
     if start == len(tower.layers) and not is_packed(tower):
@@ -138,12 +140,18 @@ def pool_pairs(hidden: TokenStream, lengths: list[int]) -> Tensor:
 
 
 def encode_video(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-    """Runs the vision tower over all videos of a batch: `[V, D]` tokens (T * H * W / 4 of each)."""
+    """Runs the vision tower over all videos of a batch: `[V, D]` tokens (T * H * W / 4 of each).
+
+    Args:
+        thinker: the model.
+        pixel_values: `[patches, values]`.
+        grid_thw: `[videos, 3]` patches in time, height and width; best on the CPU, where it must be known.
+    """
     tower = parts.vision_tower(thinker)
     if is_packed(tower):
         plan = vision_plan(tower, grid_thw.tolist(), pixel_values.device)
         return _features(tower(pixel_values.to(tower.dtype), grid_thw=grid_thw, **plan))
-    return _features(thinker.get_video_features(pixel_values, grid_thw, return_dict=True))
+    return _features(thinker.get_video_features(pixel_values, grid_thw.to(pixel_values.device), return_dict=True))
 
 
 def encode_image(thinker: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:

@@ -20,9 +20,12 @@ def find(thinker: nn.Module, class_name: str) -> tuple[str, nn.Module]:
     Raises:
         ValueError: `thinker` is no Qwen2.5-Omni thinker.
     """
-    for path, module in thinker.named_modules():
-        if type(module).__name__ == class_name:
-            return path, module
+    level = [("", thinker)]
+    while level:  # level by level: they are near the root, and a large model has thousands of modules
+        for path, module in level:
+            if type(module).__name__ == class_name:
+                return path, module
+        level = [(f"{path}.{name}".lstrip("."), m) for path, module in level for name, m in module.named_children()]
     raise ValueError(f"{type(thinker).__name__} has no {class_name}: it is not a Qwen2.5-Omni thinker")
 
 

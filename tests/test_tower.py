@@ -198,3 +198,26 @@ def test_pooling_weighs_by_size():
     assert out.sizes.tolist() == [2.0, 1.0]
     assert out.slots.tolist() == [0, 2]  # states 1.5 and 4.5
     assert offsets(out.lengths).tolist() == [0, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("needs", "keep_ratio"), [(frozenset(), None), (NEEDS, None), (frozenset(), 0.3)], ids=["plain", "needs", "method"]
+)
+def test_long_clips_pass_in_parts(thinker, monkeypatch, needs, keep_ratio):
+    """A hundred states at a time give what all at once give, also where a clip is cut."""
+
+    def run():
+        return encode_audio(
+            thinker, *features(), needs=needs, method=None if keep_ratio is None else method(keep_ratio)
+        )
+
+    whole, context = run()
+    monkeypatch.setattr("audiopress.models.tower.AT_ONCE", 150)
+    cut, cut_context = run()
+    assert cut.lengths == whole.lengths
+    assert torch.equal(cut.slots, whole.slots)
+    torch.testing.assert_close(cut.embeds, whole.embeds, rtol=1e-4, atol=1e-5)
+    for name in needs:
+        a, b = (getattr(c, name) for c in (context, cut_context))
+        torch.testing.assert_close(getattr(a, "embeds", a), getattr(b, "embeds", b), rtol=1e-4, atol=1e-5)
