@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels import evenly, most_alike, segment_mean, segment_reduce, top_k
+from ..kernels import evenly, most_alike, segment_mean, segment_reduce, top_k, upload
 from .base import CompressorConfig, Context, check_count, check_number
 from .encoder import EncoderConfig, EncoderMethod, LayerState, resolve_layers
 from .reading import read_attention, read_keys
@@ -111,13 +111,12 @@ class AttentionTopK(EncoderMethod):
         if share == 0:
             return stream.select(kept, budget)
         keys = read_keys(stream, context, self.name, self.config.key_heads)
-        left = torch.ones_like(stream.slots, dtype=torch.bool)
-        left[kept] = False
-        rest = left.nonzero()[:, 0]
+        left = torch.ones_like(stream.slots, dtype=torch.bool).index_fill_(0, kept, False)
         counts = [n - k for n, k in zip(stream.lengths, dominant, strict=True)]
-        targets = rest[evenly(counts, contextual).to(rest.device)]
+        rest = left.nonzero_static(size=sum(counts)).squeeze(1)
+        targets = rest[upload(evenly(counts, contextual), rest.device)]
         owners = torch.arange(len(left), device=left.device)  # into which token each goes
-        owners[rest] = most_alike(keys, rest.split(counts), targets.split(contextual))
+        owners[rest] = most_alike(keys, rest, counts, targets, contextual)[0]
         owners[targets] = targets
         return _merge(stream, owners, torch.cat([kept, targets]).sort().values, budget)
 
@@ -147,7 +146,7 @@ def _merge(stream: TokenStream, owners: Tensor, kept: Tensor, budget: Sequence[i
     The centre of tokens that lie scattered over the clip could be the slot of another one.
     """
     order = owners.argsort(stable=True)
-    counts = owners.bincount(minlength=len(owners))[kept]
+    counts = torch.zeros_like(owners).index_add(0, owners, torch.ones_like(owners))[kept]
     return stream.replace(
         embeds=segment_mean(stream.embeds[order], stream.sizes[order], counts),
         lengths=tuple(budget),

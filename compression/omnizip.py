@@ -199,18 +199,12 @@ def relate(stream: TokenStream, anchor: Tensor, pool: Tensor, video: Tensor) -> 
     Returns:
         `[P]` int64, where in the stream that anchor is, and `[P]` float32.
     """
-    anchors, tokens, frames = (
-        rows.split(per_group(stream.clips[rows], len(stream.lengths)).tolist()) for rows in (anchor, pool, video)
+    counts, anchors, frames = (
+        per_group(stream.clips[rows], len(stream.lengths)).tolist() for rows in (pool, anchor, video)
     )
-    nearest = most_alike(stream.embeds, tokens, anchors)
-    relation = (unit(stream.embeds[pool]) * unit(stream.embeds[nearest])).sum(dim=1)
-    with torch.autocast(stream.embeds.device.type, enabled=False):
-        # clip by clip, because the table of all pairs of a batch would be as large as all clips together
-        seen = [
-            (unit(stream.embeds[mine]) @ unit(stream.embeds[theirs]).T).amax(dim=1) if len(theirs) else own
-            for mine, theirs, own in zip(tokens, frames, relation.split([len(mine) for mine in tokens]), strict=True)
-        ]
-    return nearest, torch.cat(seen)
+    nearest, own = most_alike(stream.embeds, pool, counts, anchor, anchors)
+    _, relation = most_alike(stream.embeds, pool, counts, video, frames)
+    return nearest, torch.where(relation.isinf(), own, relation)
 
 
 def prune_rates(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backend import use_triton
-from .packed import clip_ids, offsets, positions
+from .packed import clip_ids, offsets, positions, upload
 
 TIE = 1e-6  # cosines, and squared norms of parts of unit vectors, that float32 does not tell apart
 _ENTRIES = 2**24  # of a block of the cosine matrix, 64 MiB in float32
@@ -30,7 +30,7 @@ def top_k(scores: Tensor, lengths: Sequence[int], budget: Sequence[int], backend
 
         return triton_select.top_k(scores, lengths, budget)
     kept = offsets(lengths)[clip_ids(budget)] + positions(budget)
-    return ranked(scores, lengths)[kept.to(scores.device)].sort().values
+    return ranked(scores, lengths)[upload(kept, scores.device)].sort().values
 
 
 def ranked(scores: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -66,8 +66,8 @@ def adjacent_cosine(embeds: Tensor, lengths: Sequence[int], backend: str = "auto
     if use_triton(backend, embeds) and embeds.numel():
         from .triton_cosine import AdjacentCosine
 
-        last = torch.tensor([end - 1 for n, end in zip(lengths, accumulate(lengths), strict=True) if n])
-        cosine: Tensor = AdjacentCosine.apply(embeds, last.to(embeds.device, non_blocking=True))
+        last = [end - 1 for n, end in zip(lengths, accumulate(lengths), strict=True) if n]
+        cosine: Tensor = AdjacentCosine.apply(embeds, upload(last, embeds.device))
         return cosine
     unit = functional.normalize(embeds.float(), dim=1)
     cosine = functional.pad((unit[:-1] * unit[1:]).sum(dim=1), (0, min(1, len(embeds))), value=-torch.inf)
@@ -77,32 +77,59 @@ def adjacent_cosine(embeds: Tensor, lengths: Sequence[int], backend: str = "auto
 
 
 @torch.no_grad()
-def most_alike(embeds: Tensor, tokens: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Gives for each token the target of its clip that has the highest cosine with it, the earliest of equal ones.
+def most_alike(
+    embeds: Tensor,
+    tokens: Tensor,
+    counts: Sequence[int],
+    targets: Tensor,
+    target_counts: Sequence[int],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Finds for each token the target of its clip that has the highest cosine with it, the earliest of equal ones.
 
     Args:
         embeds: `[N, D]`.
-        tokens: indices of each clip, `[R]` in all.
-        targets: indices of each clip, ascending; at least one where there are tokens.
+        tokens: `[R]` int64, indices, clip after clip.
+        counts: tokens per clip, C numbers that sum to R.
+        targets: `[T]` int64, indices, clip after clip and ascending.
+        target_counts: targets per clip, C numbers that sum to T.
+        backend: "auto", "torch" or "triton".
 
     Returns:
-        `[R]` int64.
+        The targets `[R]` int64 and their cosines `[R]` float32; the token itself and -inf in a clip without targets.
     """
+    if use_triton(backend, embeds) and len(tokens) and len(targets):
+        from . import triton_alike
+
+        return triton_alike.most_alike(embeds, tokens, counts, targets, target_counts, TIE)
     unit = functional.normalize(embeds.float(), dim=1)
-    chosen = [torch.empty(0, dtype=torch.long, device=embeds.device)]
+    nearest, best = [tokens[:0]], [unit.new_empty(0)]
     with torch.autocast(embeds.device.type, enabled=False):
-        for mine, theirs in zip(tokens, targets, strict=True):
-            for some in mine.split(max(1, _ENTRIES // max(1, len(theirs)))) if len(mine) else ():
+        for mine, theirs in zip(tokens.split(tuple(counts)), targets.split(tuple(target_counts)), strict=True):
+            if len(theirs) == 0:
+                nearest, best = [*nearest, mine], [*best, unit.new_full(mine.shape, -torch.inf)]
+                continue
+            for some in mine.split(max(1, _ENTRIES // len(theirs))):
                 cosine = unit[some] @ unit[theirs].T
-                chosen.append(theirs[(cosine >= cosine.amax(dim=1, keepdim=True) - TIE).byte().argmax(dim=1)])
-    return torch.cat(chosen)
+                best.append(cosine.amax(dim=1))
+                nearest.append(theirs[(cosine >= best[-1][:, None] - TIE).byte().argmax(dim=1)])
+    return torch.cat(nearest), torch.cat(best)
 
 
 def pad_clips(packed: Tensor, lengths: Sequence[int], value: float = 0.0) -> tuple[Tensor, Tensor]:
     """Pads packed rows `[N, ...]` to `[C, n, ...]`, n the longest clip; also gives which are real, `[C, n]` bool."""
     longest = max(lengths, default=0)
-    real = torch.arange(longest) < torch.tensor(lengths, dtype=torch.long)[:, None]
-    real = real.to(packed.device)
-    padded = packed.new_full((len(lengths), longest, *packed.shape[1:]), value)
-    padded[real] = packed
-    return padded, real
+    real = torch.arange(longest, device=packed.device) < upload(lengths, packed.device)[:, None]
+    padded = packed.new_full((len(lengths) * longest, *packed.shape[1:]), value)
+    padded = padded.index_copy(0, _padded_places(lengths, packed.device), packed)
+    return padded.unflatten(0, (len(lengths), longest)), real
+
+
+def unpad_clips(padded: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packs the real rows of `[C, n, ...]` again: `[N, ...]`; `padded[real]` would wait for a GPU to count them."""
+    return padded.flatten(0, 1).index_select(0, _padded_places(lengths, padded.device))
+
+
+def _padded_places(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Gives where each packed row is among the padded ones, `[N]` int64."""
+    return clip_ids(lengths, device) * max(lengths, default=0) + positions(lengths, device)

@@ -307,12 +307,13 @@ def test_the_earliest_of_equal_targets_wins():
     """The second target is nearer by less than float32 tells apart, the third by more."""
     angles = torch.tensor([0.0, 0.3, 0.3 - 1e-7, 0.29, 0.0, 0.3], dtype=torch.double)
     embeds = torch.stack([angles.cos(), angles.sin()], dim=1)
-    tokens, targets = [
-        [torch.tensor(rows, dtype=torch.long) for rows in x] for x in ([[0], [], [4]], [[1, 2], [], [5]])
-    ]
-    assert most_alike(embeds, tokens, targets).tolist() == [1, 5]
-    assert most_alike(embeds, [torch.tensor([0])], [torch.tensor([1, 2, 3])]).tolist() == [3]
-    assert most_alike(embeds.bfloat16(), [], []).tolist() == []
+    tokens, targets = torch.tensor([0, 4]), torch.tensor([1, 2, 5])
+    nearest, cosine = most_alike(embeds, tokens, (1, 0, 1), targets, (2, 0, 1))
+    assert nearest.tolist() == [1, 5]
+    torch.testing.assert_close(cosine, torch.tensor([0.3, 0.3]).cos())
+    assert most_alike(embeds, tokens[:1], (1,), torch.tensor([1, 2, 3]), (3,))[0].tolist() == [3]
+    assert [x.tolist() for x in most_alike(embeds, tokens, (1, 1), tokens[:1], (1, 0))] == [[0, 4], [1, -torch.inf]]
+    assert [len(x) for x in most_alike(embeds.bfloat16(), tokens[:0], (), targets[:0], ())] == [0, 0]
 
 
 # SA-MAP -----------------------------------------------------------------------------------------------------------
