@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import segment_centres, segment_mean, ward_exact, ward_greedy
+from ..kernels import segment_mean, segment_merge, ward_exact, ward_greedy
 from .base import CompressorConfig, Context, check_choice, check_count, check_flag
 from .budget import token_budget
 from .encoder import EncoderConfig, EncoderMethod, LayerState
@@ -128,32 +128,34 @@ class Ward(EncoderMethod):
         if tuple(share) == stream.lengths:
             return stream
         counts = self.segment(stream, share, attention)
-        slots, sizes = segment_centres(stream.slots, stream.sizes, counts)
-        clips = stream.clips[counts.cumsum(0) - 1]
-        return stream.replace(
-            embeds=self.average(stream, counts).to(stream.embeds.dtype),
-            lengths=tuple(clips.bincount(minlength=len(stream.lengths)).tolist()),
-            slots=slots,
-            sizes=sizes,
-        )
+        if self.adaptive:  # the only look at what was decided on the GPU
+            share = stream.clips[counts.cumsum(0) - 1].bincount(minlength=len(share)).tolist()
+        embeds = stream.embeds.float()
+        means, slots, sizes = segment_merge(embeds, stream.slots, stream.sizes, counts)
+        if self.config.norm_preserving:
+            norms = torch.linalg.vector_norm(embeds, dim=1, keepdim=True)
+            means = rescale(means, segment_mean(norms, stream.sizes, counts), counts)
+        return stream.replace(embeds=means.to(stream.embeds.dtype), lengths=tuple(share), slots=slots, sizes=sizes)
 
     @torch.no_grad()
     def segment(self, stream: TokenStream, share: Sequence[int], attention: Tensor | None) -> Tensor:
         """Gives the tokens per segment, `[M]` int64."""
-        embeds = functional.normalize(stream.embeds.float(), dim=1) if self.config.normalize else stream.embeds.float()
+        embeds = functional.normalize(stream.embeds.float(), dim=1) if self.config.normalize else stream.embeds
         if attention is not None:
             embeds = embeds * attention.sqrt()[:, None]
-        pooled = self.config.budget == "batch"
         if self.config.segmentation == "greedy":
-            return ward_greedy(embeds, stream.sizes, stream.lengths, share, pooled)
-        return ward_exact(embeds, stream.sizes, stream.lengths, share, self.config.max_segment, pooled)
+            return ward_greedy(embeds, stream.sizes, stream.lengths, share, self.adaptive)
+        return ward_exact(embeds, stream.sizes, stream.lengths, share, self.config.max_segment, self.adaptive)
 
-    def average(self, stream: TokenStream, counts: Tensor) -> Tensor:
-        """Gives one token per segment, `[M, D]` float32."""
-        embeds = stream.embeds.float()
-        means = segment_mean(embeds, stream.sizes, counts)
-        if not self.config.norm_preserving:
-            return means
-        wanted = segment_mean(torch.linalg.vector_norm(embeds, dim=1, keepdim=True), stream.sizes, counts)
-        norms = torch.linalg.vector_norm(means, dim=1, keepdim=True)
-        return means * torch.where(norms > 0, wanted / torch.where(norms > 0, norms, 1.0), 1.0)
+
+def rescale(means: Tensor, norms: Tensor, counts: Tensor) -> Tensor:
+    """Gives the means of segments other norms; a mean of zeros, and a token alone, stay as they are.
+
+    Args:
+        means: `[M, D]`.
+        norms: `[M, 1]`.
+        counts: `[M]`, tokens per segment.
+    """
+    present = torch.linalg.vector_norm(means, dim=1, keepdim=True)
+    changed = (present > 0) & (counts > 1)[:, None]
+    return means * torch.where(changed, norms / torch.where(changed, present, 1.0), 1.0)

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .backend import use_triton
 from .packed import positions
 from .select import top_k
 
 
 def ward_greedy(
-    embeds: Tensor, weights: Tensor, lengths: Sequence[int], budget: Sequence[int], pooled: bool = False
+    embeds: Tensor,
+    weights: Tensor,
+    lengths: Sequence[int],
+    budget: Sequence[int],
+    pooled: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Joins neighbours from the bottom up until the budget is met; every smaller budget joins further.
 
@@ -32,16 +38,18 @@ def ward_greedy(
         lengths: tokens per clip, C numbers that sum to N.
         budget: runs per clip, from one (none of none) to its length.
         pooled: share the sum of the budget out among the clips by cost, at least one run each.
+        backend: "auto", "torch" or "triton".
 
     Returns:
         Tokens per run, `[M]` int64 with M the sum of the budget; no run crosses from one clip into another.
     """
-    heights = ward_heights(embeds, weights, lengths)
-    starts = top_k(heights, (len(embeds),), (sum(budget),)) if pooled else top_k(heights, lengths, budget)
-    return starts.diff(append=starts.new_tensor([len(embeds)]))
+    heights = ward_heights(embeds, weights, lengths, backend)
+    if pooled:
+        lengths, budget = (len(embeds),), (sum(budget),)
+    return functional.pad(top_k(heights, lengths, budget, backend), (0, 1), value=len(embeds)).diff()
 
 
-def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Tensor:
+def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int], backend: str = "auto") -> Tensor:
     """Gives for every token the cost at which agglomeration joins it to the token before it.
 
     Every clip is joined up to a single run, in parallel rounds: a round joins every pair of neighbouring runs whose
@@ -53,9 +61,19 @@ def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Ten
     Rounds are few (about 30 for 7,500 tokens of speech, 17 for 90,000 equal ones); a clip whose costs rise or fall
     all along takes as many as it has tokens, each of a few pairs.
 
+    Args:
+        embeds: `[N, D]`.
+        weights: `[N]`, positive.
+        lengths: tokens per clip, C numbers that sum to N.
+        backend: "auto", "torch" or "triton".
+
     Returns:
         `[N]` float64; infinite at a clip's first token; greater than every height inside the two joined runs.
     """
+    if use_triton(backend, embeds) and embeds.numel():
+        from . import triton_ward
+
+        return triton_ward.ward_heights(embeds, weights, lengths)
     means = embeds.detach().to(torch.float, copy=True)  # of a run, at its first token
     weights = weights.detach().to(torch.double, copy=True)  # of the runs, here and below [runs]
     starts = torch.arange(len(embeds), device=embeds.device)

@@ -4,6 +4,8 @@ The interpreter must be asked for before Triton is imported, so `test_in_the_int
 of its own.
 """
 
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +14,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from audiopress.kernels import adjacent_cosine, attention_received, segment_mean, segment_merge, top_k
+from audiopress.kernels import (
+    adjacent_cosine,
+    attention_received,
+    most_alike,
+    segment_mean,
+    segment_merge,
+    top_k,
+    ward_greedy,
+)
+from audiopress.kernels.ward import ward_heights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -90,6 +101,26 @@ def received_in_fp64(query, key, lengths, scale, causal):
             total += logits.softmax(dim=1).sum(dim=0)
         received.append(total / q.shape[1])
     return torch.cat(received)
+
+
+def ward_heights_in_fp64(embeds, weights, lengths):
+    found = []
+    for tokens, sizes in zip(embeds.cpu().double().split(lengths), weights.cpu().double().split(lengths), strict=True):
+        heights = torch.full_like(sizes, math.inf)
+        runs = [(i, float(sizes[i]), tokens[i], 0.0) for i in range(len(tokens))]  # start, weight, mean, height inside
+        while len(runs) > 1:
+            pairs = itertools.pairwise(runs)
+            costs = [v * w / (v + w) * float((x - y).square().sum()) for (_, v, x, _), (_, w, y, _) in pairs]
+            ends = [0, *itertools.accumulate(len([*equal]) for _, equal in itertools.groupby(costs))]
+            around = [math.inf, *costs, math.inf]
+            lowest = [(a, b) for a, b in itertools.pairwise(ends) if around[a] > costs[a] < around[b + 1]]
+            for i in reversed([i for stretch in lowest for i in range(*stretch, 2)]):
+                (start, v, x, low), (right, w, y, high) = runs[i : i + 2]
+                height = max(costs[i], math.nextafter(max(low, high), math.inf))
+                runs[i : i + 2] = [(start, v + w, x + w / (v + w) * (y - x), height)]
+                heights[right] = height
+        found.append(heights)
+    return torch.cat(found).to(embeds.device)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -214,6 +245,90 @@ def test_top_k(dtype, block, monkeypatch):
             assert torch.equal(found, top_k(values, lengths, budget, "torch"))
 
 
+@pytest.fixture
+def small_ward(monkeypatch):
+    """Has the interpreter take several blocks, and few programs."""
+    if INTERPRETED:
+        for name, value in (("BLOCK", 8), ("PROGRAMS", 2), ("ROUNDS", 3)):
+            monkeypatch.setattr(f"audiopress.kernels.triton_ward.{name}", value)
+
+
+@on_device
+@each_dtype
+@pytest.mark.parametrize("width", [33] if INTERPRETED else [3584, 1280, 33])
+def test_ward_heights(width, dtype, small_ward):
+    lengths = (*LENGTHS, 23)
+    embeds = randn(sum(lengths), 2 * width, dtype=dtype)[:, ::2]
+    weights = (randn(2 * sum(lengths), seed=1).abs() + 0.1)[::2]
+    heights, plain = (ward_heights(embeds, weights, lengths, b) for b in ("triton", "torch"))
+    check(heights, plain, ward_heights_in_fp64(embeds, weights, lengths))
+    budget = [-(-n // 4) for n in lengths]
+    for pooled in (False, True):
+        found, plain = (ward_greedy(embeds, weights, lengths, budget, pooled, b) for b in ("triton", "torch"))
+        assert torch.equal(found, plain)
+    for parts in zip(*(x.split(lengths) for x in (embeds, weights, heights)), strict=True):
+        if 0 < len(parts[0]) < 100:
+            assert torch.equal(ward_heights(*parts[:2], (len(parts[0]),), "triton"), parts[2])
+
+
+@on_device
+def test_ward_heights_of_equal_costs(small_ward):
+    lengths, budget = (0, 9, 1, 14), (0, 2, 1, 5)
+    silence, some, pair = torch.full((24, 8), 0.1, device=DEVICE), randn(5, 8), randn(2, 8)
+    for embeds in (silence, pair.repeat(12, 1), torch.cat([silence[:13], some, silence[:6] * 0])):
+        found, plain = (ward_heights(embeds, embeds.new_ones(24), lengths, b) for b in ("triton", "torch"))
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=0)
+        found, plain = (top_k(heights, lengths, budget, "torch") for heights in (found, plain))
+        assert torch.equal(found, plain)
+
+
+@on_device
+@each_dtype
+@pytest.mark.parametrize("width", [33, 64] if INTERPRETED else [3584, 1280, 33])
+def test_most_alike(width, dtype, monkeypatch):
+    if INTERPRETED:  # several tiles
+        monkeypatch.setattr("audiopress.kernels.triton_alike.HALF", {"ROWS": 16, "COLUMNS": 16, "CHUNK": 32})
+        monkeypatch.setattr("audiopress.kernels.triton_alike.FULL", {"ROWS": 16, "COLUMNS": 16, "CHUNK": 16})
+    lengths = (0, 1, 2, 0, 7, 97, 1) if INTERPRETED else LENGTHS
+    target_counts = [n // 3 for n in lengths]
+    counts = [n - m for n, m in zip(lengths, target_counts, strict=True)]
+    embeds = randn(sum(lengths), width, dtype=dtype)
+    embeds[5:9] = embeds[-5]  # copies
+    index = torch.arange(sum(lengths), device=DEVICE).split(lengths)
+    tokens = torch.cat([clip[m:] for clip, m in zip(index, target_counts, strict=True)])
+    targets = torch.cat([clip[:m] for clip, m in zip(index, target_counts, strict=True)])
+    nearest, cosine = most_alike(embeds, tokens, counts, targets, target_counts, "triton")
+    unit = functional.normalize(embeds.double(), dim=1)
+    parts = tokens.split(counts), nearest.split(counts), cosine.split(counts), targets.split(target_counts)
+    for mine, got, best, theirs in zip(*parts, strict=True):
+        if len(theirs) == 0:
+            assert torch.equal(got, mine)
+            assert (best == -torch.inf).all()
+            continue
+        want = unit[mine] @ unit[theirs].T
+        torch.testing.assert_close(best.double(), want.amax(1), rtol=0, atol=1e-6)
+        surely, perhaps = (want >= want.amax(1, keepdim=True) - tie for tie in (0.8e-6, 1.2e-6))
+        place = torch.searchsorted(theirs, got)
+        assert (place <= surely.byte().argmax(1)).all()
+        assert perhaps.gather(1, place[:, None]).all()
+        assert (place >= perhaps.byte().argmax(1)).all()
+
+
+@on_device
+@pytest.mark.parametrize("first", [0, 3, 14, 15, 16, 40])
+def test_the_earliest_of_nearly_equal_targets(first, monkeypatch):
+    """Of targets in other tiles that come within 1e-6 of each other, one after another a little nearer."""
+    monkeypatch.setattr("audiopress.kernels.triton_alike.FULL", {"ROWS": 16, "COLUMNS": 16, "CHUNK": 16})
+    angles = torch.full((60,), 1.0, dtype=torch.double)
+    angles[first : first + 3] = torch.tensor([0.5 + 3e-6, 0.5 + 1e-6, 0.5])
+    angles[first + 3 :: 5] = 0.5 - 2e-7  # cosines rise by 1.4e-6, more than 1e-6, then 4.8e-7 and 1e-7
+    embeds = torch.stack([angles.cos(), angles.sin()], dim=1).to(DEVICE, torch.float32)
+    embeds = torch.cat([embeds, embeds.new_tensor([[1, 0]])])
+    every = torch.arange(61, device=DEVICE)
+    nearest, _ = most_alike(embeds, every[60:], [1], every[:60], [60], "triton")
+    assert nearest.tolist() == [first + 1]
+
+
 @on_device
 def test_strided_inputs():
     wide = randn(60, 192, dtype=DTYPES[0])
@@ -229,6 +344,10 @@ def test_strided_inputs():
             assert torch.equal(a, b)
             assert torch.equal(da, db)
     heads = randn(4, 30, 32, dtype=DTYPES[0])
+    every = torch.arange(60, device=DEVICE)
+    for x in (wide[:, :96], wide[:, ::2]):
+        found, same = (most_alike(y, every[20:], [40], every[:20], [20], "triton") for y in (x, x.contiguous()))
+        assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
     for x in (heads.transpose(0, 1), heads[:, :, ::2].transpose(0, 1)):
         found, same = (attention_received(y, y, (30,), 0.2, backend="triton") for y in (x, x.contiguous()))
         assert torch.equal(found, same)
@@ -240,6 +359,8 @@ def test_nothing_to_do():
     counts = torch.empty(0, dtype=torch.long, device=DEVICE)
     assert adjacent_cosine(none, (0, 0), "triton").shape == (0,)
     assert top_k(none[:, 0], (0, 0), (0, 0), "triton").shape == (0,)
+    assert ward_greedy(none, none[:, 0], (0, 0), (0, 0), backend="triton").shape == (0,)
+    assert [len(x) for x in most_alike(none, counts, (0, 0), counts, (0, 0), "triton")] == [0, 0]
     assert segment_mean(none, none[:, 0], counts, "triton").shape == (0, 8)
     assert [len(x) for x in segment_merge(none, counts, none[:, 0], counts, "triton")] == [0, 0, 0]
     assert attention_received(none[:, None], none[:, None], (0,), 1.0, backend="triton").shape == (0,)
@@ -256,6 +377,7 @@ def test_nothing_waits_for_the_gpu():
         mean = segment_merge(embeds, slots, weights, counts, "triton")[0]
         attention_received(q, q, (100, 200), 1.0, backend="triton")
         top_k(weights, (100, 200), (50, 0), "triton")
+        most_alike(embeds, slots[100:], (0, 200), slots[:100], (50, 50), "triton")
         torch.autograd.grad([cosine, mean], embeds, [torch.ones_like(cosine), torch.ones_like(mean)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
