@@ -24,7 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from audiopress.benchmarks.environment import environment
-from audiopress.kernels import adjacent_cosine, attention_received, segment_merge, top_k
+from audiopress.kernels import adjacent_cosine, attention_received, segment_merge, top_k, ward_greedy
 from audiopress.kernels.packed import bounds
 from audiopress.kernels.varlen import varlen_attention
 
@@ -104,6 +104,18 @@ def top_k_cell(lengths: tuple[int, ...], keep: int) -> Cell:
     )
 
 
+def ward_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
+    """Gives the cell of cutting each clip into one run for every `keep` tokens."""
+    x = torch.randn(sum(lengths), width, device="cuda", dtype=torch.bfloat16)
+    weights = torch.ones(len(x), device="cuda")
+    budget = [n // keep for n in lengths]
+    return Cell(
+        op="ward_greedy",
+        shape=f"{len(lengths)} x {lengths[0]:,} x {width:,} to 1/{keep}",
+        run=lambda backend: ward_greedy(x, weights, lengths, budget, backend=backend),
+    )
+
+
 def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: int) -> Cell:
     """Gives the cell of attention received: bidirectional in many blocks, causal in a single one."""
     n, scale, causal = sum(lengths), 1 / math.sqrt(size), len(lengths) == 1
@@ -120,7 +132,7 @@ def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: i
     return Cell(
         op="attention_received",
         shape=f"{len(lengths)} of {lengths[0]:,}, {heads} heads, d {size}" + ", causal" * causal,
-        run=lambda backend: attention_received(q, k, lengths, scale, causal, backend),
+        run=lambda backend: attention_received(q, k, lengths, scale, causal, backend=backend),
         flash=causal_flash if causal else flash,
     )
 
@@ -132,6 +144,8 @@ CELLS: list[Callable[[], Cell]] = [
     partial(merge_cell, *STREAM, 4),
     partial(top_k_cell, ENCODER[0], 2),
     partial(top_k_cell, STREAM[0], 4),
+    partial(ward_cell, *STREAM, 4),
+    partial(ward_cell, BLOCKS[0], ENCODER[1], 2),
     partial(attention_cell, *BLOCKS),
     partial(attention_cell, *PREFILL),
 ]
@@ -185,7 +199,9 @@ def measure(cell: Cell, backend: str, backward: bool, milliseconds: int) -> dict
 def main() -> None:
     """Prints a table, and writes one JSON line per cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", default=["adjacent_cosine", "segment_merge", "top_k", "attention_received"])
+    parser.add_argument(
+        "--ops", nargs="+", default=["adjacent_cosine", "segment_merge", "top_k", "ward_greedy", "attention_received"]
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--milliseconds", type=int, default=100, help="of measuring per cell")
     parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
