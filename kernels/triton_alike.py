@@ -49,7 +49,8 @@ def _compare(
     clip = tl.program_id(0) // tiles // parts
     row = tl.load(token_starts + clip) + part * ROWS + tl.arange(0, ROWS)
     column = tl.load(target_starts + clip) + tile * COLUMNS + tl.arange(0, COLUMNS)
-    here, there = row < tl.load(token_starts + clip + 1), column < tl.load(target_starts + clip + 1)
+    last = tl.load(target_starts + clip + 1) - 1
+    here, there = row < tl.load(token_starts + clip + 1), column <= last
     if AGAIN:
         here &= tl.load(again + row, mask=here, other=-1) == tile
     if (tl.max(here.to(tl.int32), axis=0) == 0) | (tl.max(there.to(tl.int32), axis=0) == 0):
@@ -74,7 +75,8 @@ def _compare(
         at = firsts + tile.to(tl.int64) * total + row
         tl.store(tops + tile.to(tl.int64) * total + row, top, mask=here)
     near = cosine >= (top - tie)[:, None]
-    tl.store(at, tl.min(tl.where(near, column[None, :], 2147483647), axis=1), mask=here)
+    # A NaN is near nothing: its target is the last one, which is there at least.
+    tl.store(at, tl.min(tl.where(near, column[None, :], last), axis=1), mask=here)
 
 
 def most_alike(

@@ -3,6 +3,8 @@
 A softmax needs a row's maximum and sum before the first column can be added up. `_rows` finds them, a program for
 `TILE` queries, and `_columns` computes the logits again, a program for `TILE` keys. Where every block is a single tile
 `_blocks` does both at once. Logits are in base 2; products of half precision are exact in the float32 they add up in.
+
+For the logarithm a column holds its largest weight's, and the sum relative to that, query by query of a step.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .packed import bounds
 TILE, STEP, WARPS, STAGES = 128, 64, 8, 3  # a program's own rows, those it runs over
 BLOCK_WARPS = 4  # of `_blocks`
 EXACT_TILE = 32  # of float32, whose products the matrix units would round
+NOTHING = tl.constexpr(-1e30)  # below the logarithm of any weight, and finite: differences from it are numbers
 
 
 @triton.jit
@@ -28,6 +31,28 @@ def _load(x, row, n, stride, SIZE: tl.constexpr, PADDED: tl.constexpr):
     column = tl.arange(0, PADDED)
     mask = (row < n)[:, None] & (column < SIZE)[None, :]
     return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _add(weights, tops, logits, share, LOG: tl.constexpr):
+    """Adds `exp2(logits) * share` to the weights; for the logarithm, to `exp2(tops) * weights`."""
+    if LOG:
+        logits += tl.log2(share)
+        less = tl.exp2(-tl.abs(logits - tops))
+        weights = tl.where(logits > tops, weights * less + 1, weights + less)
+        tops = tl.maximum(tops, logits)
+    else:
+        weights += tl.exp2(logits) * share
+    return weights, tops
+
+
+@triton.jit
+def _sum(weights, tops, LOG: tl.constexpr):
+    if LOG:
+        top = tl.max(tops, axis=0)
+        return tl.log2(tl.sum(weights * tl.exp2(tops - top[None, :]), axis=0)) + top
+    else:
+        return tl.sum(weights, axis=0)
 
 
 @triton.jit
@@ -106,6 +131,7 @@ def _columns(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LOG: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -120,6 +146,7 @@ def _columns(
     column, step = tile * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
     k = _load(key, column, n, key_stride, SIZE, PADDED)
     weights = tl.zeros([STEP, TILE], tl.float32)
+    tops = tl.full([STEP, TILE], NOTHING, tl.float32)  # only for the logarithm
     whole = 0
     if CAUSAL:
         whole = tl.minimum((tile + 1) * TILE, tl.cdiv(n, STEP) * STEP)
@@ -131,7 +158,7 @@ def _columns(
             peak = tl.load(peaks + at, mask=row < n, other=0)
             share = tl.load(shares + at, mask=row < n, other=0)
             logits = tl.where(column[None, :] <= row[:, None], logits - peak[:, None], float("-inf"))
-            weights += tl.exp2(logits) * share[:, None]
+            weights, tops = _add(weights, tops, logits, share[:, None], LOG)
     for first in range(whole, n, STEP):
         row = first + step
         at = head * total + start + row
@@ -139,8 +166,8 @@ def _columns(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         peak = tl.load(peaks + at, mask=row < n, other=0)
         share = tl.load(shares + at, mask=row < n, other=0)  # none of a row that is not there
-        weights += tl.exp2(logits - peak[:, None]) * share[:, None]
-    tl.store(received + head * total + start + column, tl.sum(weights, axis=0), mask=column < n)
+        weights, tops = _add(weights, tops, logits - peak[:, None], share[:, None], LOG)
+    tl.store(received + head * total + start + column, _sum(weights, tops, LOG), mask=column < n)
 
 
 @triton.jit
@@ -159,6 +186,7 @@ def _blocks(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LOG: tl.constexpr,
     TILE: tl.constexpr,
 ):
     head = tl.program_id(1)
@@ -172,12 +200,16 @@ def _blocks(
     if CAUSAL:
         seen &= at[None, :] <= at[:, None]
     logits = tl.where(seen, logits, float("-inf"))
-    weights = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
-    share = tl.where(at < n, 1 / tl.sum(weights, axis=1), 0)
-    tl.store(received + head * total + start + at, tl.sum(weights * share[:, None], axis=0), mask=at < n)
+    logits -= tl.max(logits, axis=1)[:, None]
+    share = tl.where(at < n, 1 / tl.sum(tl.exp2(logits), axis=1), 0)
+    weights, tops = tl.zeros([TILE, TILE], tl.float32), tl.full([TILE, TILE], NOTHING, tl.float32)
+    weights, tops = _add(weights, tops, logits, share[:, None], LOG)
+    tl.store(received + head * total + start + at, _sum(weights, tops, LOG), mask=at < n)
 
 
-def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, causal: bool) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, causal: bool, log: bool
+) -> Tensor:
     """As the reference; N > 0."""
     query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
     rows, heads, size = query.shape
@@ -191,13 +223,20 @@ def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scale
     if longest <= tile:
         tile = max(16, triton.next_power_of_2(longest))
         _blocks[(len(lengths), heads)](
-            query, key, blocks, received, rows, *strides, scale, **sizes, TILE=tile, num_warps=BLOCK_WARPS
+            query, key, blocks, received, rows, *strides, scale, **sizes, LOG=log, TILE=tile, num_warps=BLOCK_WARPS
         )
-        return received.mean(dim=0)
+        return _over_heads(received, log)
     peaks, shares = torch.empty_like(received), torch.empty_like(received)
     tiles = triton.cdiv(longest, tile)
     sizes |= {"TILE": tile, "STEP": step, "num_warps": WARPS, "num_stages": STAGES}
     grid = (len(lengths) * tiles, heads)
     _rows[grid](query, key, blocks, peaks, shares, rows, *strides, tiles, scale, **sizes)
-    _columns[grid](query, key, blocks, peaks, shares, received, rows, *strides, tiles, scale, **sizes)
+    _columns[grid](query, key, blocks, peaks, shares, received, rows, *strides, tiles, scale, LOG=log, **sizes)
+    return _over_heads(received, log)
+
+
+def _over_heads(received: Tensor, log: bool) -> Tensor:
+    """Gives the mean over heads; of logarithms in base 2 its natural logarithm."""
+    if log:
+        return (received * math.log(2)).logsumexp(dim=0) - math.log(len(received))
     return received.mean(dim=0)

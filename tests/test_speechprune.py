@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from audiopress import Context, TokenStream, build
-from audiopress.compression import speechprune, token_budget
-from audiopress.compression.speechprune import attention_received
+from audiopress.compression import token_budget
+from audiopress.compression.speechprune import binary_attention
+from audiopress.kernels import received
 
 from .compression_cases import HIDDEN_SIZE, FirstLayer, make_context, make_inputs
 
@@ -97,7 +98,7 @@ def test_seconds_are_those_of_the_uncompressed_clip():
 
 
 def reference_attention(embeds, layer) -> torch.Tensor:
-    """The log of the attention each token receives, summed over heads and queries, in float64 loops."""
+    """The log of the attention each token receives, over heads and queries, in float64 loops."""
     attention, d = layer.self_attn, layer.self_attn.head_dim
     wq, wk = (w.weight.double().sign().T for w in (attention.q_proj, attention.k_proj))
     q, k = (embeds.double().sign() @ w for w in (wq, wk))
@@ -107,7 +108,7 @@ def reference_attention(embeds, layer) -> torch.Tensor:
         of = head // groups
         logits = q[:, head * d : (head + 1) * d] @ k[:, of * d : (of + 1) * d].T / math.sqrt(d)
         maps.append(logits.log_softmax(dim=1))
-    return torch.cat(maps).logsumexp(dim=0)
+    return torch.cat(maps).logsumexp(dim=0) - math.log(heads)
 
 
 class WideLayer(nn.Module):
@@ -125,10 +126,10 @@ class WideLayer(nn.Module):
 @pytest.mark.parametrize("elements", [1, 5000, 2**24])
 @pytest.mark.parametrize(("layer", "width"), [(FirstLayer(), HIDDEN_SIZE), (WideLayer(), 2048)])
 def test_phase_two_against_the_whole_map(layer, width, elements, monkeypatch):
-    monkeypatch.setattr(speechprune, "MAP_ELEMENTS", elements)
+    monkeypatch.setattr(received, "_MAP_ENTRIES", elements)
     torch.manual_seed(0)
     stream = TokenStream(torch.randn(220, width), (200, 0, 1, 19))
-    got = attention_received(stream, layer.self_attn).split(stream.lengths)
+    got = binary_attention(stream, layer.self_attn).split(stream.lengths)
     for clip, scores in zip(stream.split(), got, strict=True):
         torch.testing.assert_close(scores.double(), reference_attention(clip.embeds, layer), rtol=1e-5, atol=1e-5)
     if width == 2048:
@@ -137,18 +138,18 @@ def test_phase_two_against_the_whole_map(layer, width, elements, monkeypatch):
 
 def test_phase_two_reads_signs_alone():
     stream, context = make_inputs(LENGTHS)
-    want = attention_received(stream, context.first_layer.self_attn)
+    want = binary_attention(stream, context.first_layer.self_attn)
     layer = FirstLayer()
     layer.self_attn.q_proj.weight.mul_(torch.rand_like(layer.self_attn.q_proj.weight) + 0.1)
     layer.self_attn.k_proj.bias.add_(1)
     layer.input_layernorm.weight.mul_(7)
-    assert torch.equal(attention_received(stream.replace(embeds=stream.embeds * 3), layer.self_attn), want)
+    assert torch.equal(binary_attention(stream.replace(embeds=stream.embeds * 3), layer.self_attn), want)
 
 
 def test_equal_tokens_receive_equal_attention():
     torch.manual_seed(0)
     stream = TokenStream(torch.randn(5, 2048)[torch.arange(97) % 5], (97,))
-    scores = attention_received(stream, WideLayer().self_attn)
+    scores = binary_attention(stream, WideLayer().self_attn)
     assert torch.equal(scores[5:], scores[:-5])
 
 
