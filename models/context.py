@@ -9,17 +9,23 @@ from torch import Tensor, nn
 
 from ..compression import Context, TokenStream
 from ..compression.base import Prompt, Scene
+from ..kernels import upload
 from . import parts
 from .layout import Kind, Layout, TokenIds
 from .rewrite import IGNORE
 
 
 def prompt_index(layout: Layout, labels: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
-    """Gives the flat indices of what is neither audio, video, padding nor an answer, and how many each sample has."""
-    prompt = layout.mask & ~layout.is_media
+    """Gives the flat indices of what is neither audio, video, padding nor an answer, and how many each sample has.
+
+    Args:
+        layout: of the batch.
+        labels: `[B, L]`, on the CPU; or None.
+    """
+    prompt = layout.host.mask & ~layout.host.is_media
     if labels is not None:
         prompt &= labels == IGNORE
-    return prompt.flatten().nonzero().squeeze(1), tuple(prompt.sum(dim=1).tolist())
+    return upload(prompt.flatten().nonzero().squeeze(1), layout.kind.device), tuple(prompt.sum(dim=1).tolist())
 
 
 def fill(
@@ -42,10 +48,10 @@ def fill(
         needs: as a compressor's.
         joint: whether a clip of the compressor is a sample; otherwise it is an audio clip.
         thinker: the model.
-        input_ids: `[B, L]`.
+        input_ids: `[B, L]`, on the CPU.
         embeds: `[B, L, D]`, with the video in its place.
         layout: of the batch.
-        labels: `[B, L]` or None; what is labelled is an answer, which no method may read.
+        labels: `[B, L]`, on the CPU, or None; what is labelled is an answer, which no method may read.
         ids: of the model.
         ends: ids that end a turn.
     """
@@ -64,19 +70,21 @@ def fill(
         if "encoder_attention" in needs:
             received = torch.zeros(len(index), device=embeds.device)
             if context.encoder_attention is not None:  # there is audio
-                received[~context.scene.is_video] = context.encoder_attention
+                host = layout.host
+                heard = (host.kind[host.is_media] == Kind.AUDIO.value).nonzero().squeeze(1)
+                received = received.index_copy(0, upload(heard, received.device), context.encoder_attention)
             context.encoder_attention = received
     else:
         samples = _samples_of_clips(layout)
     flat = embeds.flatten(0, 1)
     if "question" in needs:
-        context.question = _rows(flat, question_mask(input_ids, layout, labels, ids, ends), samples)
+        context.question = _rows(flat, question_mask(input_ids, layout.host, labels, ids, ends), samples)
     if "prompt" in needs:
         rows, lengths = prompt_index(layout, labels)
         assert joint
         context.prompt = Prompt(TokenStream(flat[rows], lengths), layout.positions.flatten(1)[:, rows])
     if "video" in needs:
-        is_video = layout.kind == Kind.VIDEO.value
+        is_video = layout.host.kind == Kind.VIDEO.value
         context.video = _rows(flat, is_video, samples)
         context.video_seconds = _rows(layout.second.flatten()[:, None], is_video, samples).embeds[:, 0]
     if "first_layer" in needs:
@@ -105,13 +113,15 @@ def question_mask(
 
 def _samples_of_clips(layout: Layout) -> list[int]:
     """Gives the sample of each audio clip."""
-    where = (layout.kind == Kind.AUDIO.value) & (layout.slot == 0)
-    return where.nonzero()[:, 0].tolist()
+    return layout.clip_lengths(Kind.AUDIO)[1]
 
 
 def _rows(flat: Tensor, mask: Tensor, samples: Sequence[int]) -> TokenStream:
-    """Gives the rows of `[B * L, D]` where `mask` `[B, L]` holds: those of a sample for each clip that is of it."""
+    """Gives the rows of `[B * L, D]` where `mask` `[B, L]` holds: those of a sample for each clip that is of it.
+
+    The mask is on the CPU.
+    """
     index = [row.nonzero().squeeze(1) + i * mask.shape[1] for i, row in enumerate(mask)]
     picked = [index[sample] for sample in samples]
     rows = torch.cat([mask.new_empty(0, dtype=torch.long), *picked])
-    return TokenStream(flat[rows], tuple(len(p) for p in picked))
+    return TokenStream(flat[upload(rows, flat.device)], tuple(len(p) for p in picked))

@@ -7,13 +7,15 @@ placeholders has its sound interleaved), so samples with and without sound can s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..kernels import upload
 
 AUDIO_TOKENS_PER_SECOND = 25  # 100 mel frames, halved by the convolution, halved by the pooling
 
@@ -77,6 +79,7 @@ class Layout:
         slot: `[B, L]` int64, its index inside that clip; -1 for text.
         second: `[B, L]` float32, when it happens in its clip; NaN for text and images.
         positions: `[3, B, L]` int64, TMRoPE's time, height and width; 1 at padding, as in transformers.
+        on_host: the same on the CPU, if it is known there: reading it waits for nothing.
     """
 
     kind: Tensor
@@ -84,6 +87,7 @@ class Layout:
     slot: Tensor
     second: Tensor
     positions: Tensor
+    on_host: Layout | None = field(default=None, repr=False)
 
     @classmethod
     def build(
@@ -154,7 +158,22 @@ class Layout:
             positions[:, row, real] = _positions(
                 input_ids[row, real], kind[row, real], clip[row, real], offset[:, row, real], ids
             )
-        return cls(*(t.to(device) for t in (kind, clip, slot, second, positions)))
+        layout = cls(kind, clip, slot, second, positions)
+        return layout.to(device)
+
+    def to(self, device: torch.device) -> Layout:
+        """Gives the same on a device; on a GPU it still knows itself on the CPU, if it comes from there."""
+        columns = (self.kind, self.clip, self.slot, self.second, self.positions)
+        kind, clip, slot, second, positions = (x.to(device) for x in columns)
+        of_host = self.on_host or (self if self.kind.device.type == "cpu" != device.type else None)
+        return Layout(kind, clip, slot, second, positions, of_host)
+
+    @property
+    def host(self) -> Layout:
+        """The same on the CPU."""
+        if self.kind.device.type == "cpu":
+            return self
+        return self.on_host or self.to(torch.device("cpu"))
 
     @property
     def mask(self) -> Tensor:
@@ -168,12 +187,27 @@ class Layout:
 
     def index(self, kind: Kind) -> Tensor:
         """Gives the flat indices (into `[B * L]`) of all tokens of one kind in batch order, int64."""
-        return (self.kind == kind.value).flatten().nonzero().squeeze(1)
+        return upload((self.host.kind == kind.value).flatten().nonzero().squeeze(1), self.kind.device)
 
     def joint_index(self) -> tuple[Tensor, tuple[int, ...]]:
         """Gives the flat indices of all audio and video tokens in batch order, `[N]`, and how many each sample has."""
-        media = self.is_media
-        return media.flatten().nonzero().squeeze(1), tuple(media.sum(dim=1).tolist())
+        media = self.host.is_media
+        index = media.flatten().nonzero().squeeze(1)
+        return upload(index, self.kind.device), tuple(media.sum(dim=1).tolist())
+
+    def clip_lengths(self, kind: Kind) -> tuple[list[int], list[int]]:
+        """Gives how many tokens each clip of one kind has in the batch, and which sample it is in."""
+        host = self.host
+        samples, at = (host.kind == kind.value).nonzero(as_tuple=True)
+        owners, lengths = torch.stack([host.clip[samples, at], samples]).unique_consecutive(dim=1, return_counts=True)
+        return lengths.tolist(), owners[1].tolist()
+
+    def ends_in_text(self) -> bool:
+        """Tells whether the last token of every sample follows all others in all three positions, as text does."""
+        host = self.host
+        last = host.mask.long().cumsum(dim=1).argmax(dim=1)  # of each row, the last real token
+        greatest = host.positions.masked_fill(~host.mask, -1).amax(dim=(0, 2))
+        return bool((host.positions[:, torch.arange(len(last)), last] == greatest).all())
 
     def gather(self, index: Tensor, mask: Tensor) -> Layout:
         """Gives the layout of the tokens `index` (`[B, L']`, along each row); where `mask` is false it is padding."""

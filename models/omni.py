@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..compression import Compressor, Context, TokenStream
 from ..compression.base import check_choice
+from ..compression.checks import deferred_checks
 from . import parts, storage
 from .alignment import CTCAlignment
 from .attention import biased, enable_key_bias, rope_sections, size_bias
@@ -35,6 +36,7 @@ MEDIA = (
     "image_grid_thw",
     "audio_hidden",
 )
+ON_HOST = ("feature_attention_mask", "video_grid_thw", "video_second_per_grid", "video_seconds", "image_grid_thw")
 PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
 TRAINABLE = ("compressor", "adapter", "projector")
 
@@ -256,25 +258,37 @@ class CompressedOmni(nn.Module):
             padding_side: of the result.
             media: of the names in `MEDIA`, as the processor gives them.
         """
+        with deferred_checks():
+            return self._encode(input_ids, attention_mask, labels, padding_side, media)
+
+    def _encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        padding_side: Literal["left", "right"],
+        media: dict[str, Any],
+    ) -> tuple[LLMInputs, TokenStream | None]:
+        """Does the work for `encode`. What decides shapes is read first: later, reading waits for the towers."""
+        media |= {name: media[name].cpu() for name in ON_HOST if isinstance(media.get(name), Tensor)}
         layout = self.layout(input_ids, attention_mask, **media)
+        ids, answers = input_ids.cpu(), None if labels is None else labels.cpu()
         embeds = self.thinker.get_input_embeddings()(input_ids)
+        streams: dict[Kind, TokenStream] = {}
         if media.get("pixel_values") is not None:
-            image = encode_image(self.thinker, media["pixel_values"], media["image_grid_thw"])
+            grid = media["image_grid_thw"]
+            image = encode_image(self.thinker, media["pixel_values"], grid)
             embeds = scatter(embeds, layout, Kind.IMAGE, image)
-        video = None
         if media.get("pixel_values_videos") is not None:
             grid = media["video_grid_thw"]
-            video = TokenStream(
-                encode_video(self.thinker, media["pixel_values_videos"], grid),
-                tuple((grid.prod(dim=1) // self.token_ids.merge**2).tolist()),
-            )
-            embeds = scatter(embeds, layout, Kind.VIDEO, video.embeds)
+            video = encode_video(self.thinker, media["pixel_values_videos"], grid)
+            streams[Kind.VIDEO] = TokenStream(video, tuple((grid.prod(dim=1) // self.token_ids.merge**2).tolist()))
         compressor = self.drawn_compressor()
         in_tower, after = (None, None) if compressor is None else compressor.split()
         needs = frozenset() if after is None else after.needs
-        audio, context = None, Context()
+        context = Context()
         if media.get("input_features") is not None:
-            audio, context = encode_audio(
+            streams[Kind.AUDIO], context = encode_audio(
                 self.thinker,
                 media["input_features"],
                 media["feature_attention_mask"],
@@ -282,43 +296,41 @@ class CompressedOmni(nn.Module):
                 audio_hidden=media.get("audio_hidden"),
                 method=in_tower,  # type: ignore[arg-type]
             )
-        streams: dict[Kind, TokenStream] = {}
-        joint = None
-        if video is not None and self.video_compressor is not None:
-            streams[Kind.VIDEO] = _run(self.video_compressor, video, Context(seed=self.drawn_seed()))
-        if after is not None and (audio is not None or (video is not None and after.stage == "joint")):
+        joint = after is not None and after.stage == "joint" and bool(streams)
+        for kind in streams if joint or "video" in needs else ():
+            if joint or kind == Kind.VIDEO:
+                embeds = scatter(embeds, layout, kind, streams[kind].embeds)
+        if self.video_compressor is not None and Kind.VIDEO in streams:
+            streams[Kind.VIDEO] = _run(self.video_compressor, streams[Kind.VIDEO], Context(seed=self.drawn_seed()))
+        pool = None
+        if after is not None and (joint or Kind.AUDIO in streams):
             if "seed" in needs:
                 context.seed = self.drawn_seed()
-            if audio is not None and after.stage == "joint":
-                embeds = scatter(embeds, layout, Kind.AUDIO, audio.embeds)
             fill(
                 context,
                 needs,
-                joint=after.stage == "joint",
+                joint=joint,
                 thinker=self.thinker,
-                input_ids=input_ids,
+                input_ids=ids,
                 embeds=embeds,
                 layout=layout,
-                labels=labels,
+                labels=answers,
                 ids=self.token_ids,
                 ends=storage.eos_ids(self.thinker),
             )
-            if after.stage == "joint":
+            if joint:
                 index, lengths = layout.joint_index()
-                joint = _run(after, TokenStream(embeds.flatten(0, 1)[index], lengths), context)
-                if joint.prompt is not None:
-                    rows, _ = prompt_index(layout, labels)
-                    flat = embeds.flatten(0, 1)
-                    embeds = flat.index_copy(0, rows, joint.prompt.to(flat.dtype)).view_as(embeds)
+                flat = embeds.flatten(0, 1)
+                pool, streams = _run(after, TokenStream(flat[index], lengths), context), {}
+                if pool.prompt is not None:
+                    rows, _ = prompt_index(layout, answers)
+                    embeds = flat.index_copy(0, rows, pool.prompt.to(flat.dtype)).view_as(embeds)
             else:
-                assert audio is not None
-                audio = _run(after, audio, context)
-        if audio is not None and joint is None:
-            streams[Kind.AUDIO] = audio
+                streams[Kind.AUDIO] = _run(after, streams[Kind.AUDIO], context)
         inputs = rewrite(
-            embeds, layout, streams, labels, joint=joint, padding_side=padding_side, positions=self.positions
+            embeds, layout, streams, labels, joint=pool, padding_side=padding_side, positions=self.positions
         )
-        return inputs, audio if joint is None else joint
+        return inputs, streams.get(Kind.AUDIO) if pool is None else pool
 
     def forward(
         self,
@@ -343,6 +355,18 @@ class CompressedOmni(nn.Module):
         Raises:
             ValueError: no token of the batch is labelled, or an argument is unknown.
         """
+        with deferred_checks():
+            return self._forward(input_ids, attention_mask, labels, logits_to_keep, num_items_in_batch, media)
+
+    def _forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: int,
+        num_items_in_batch: Tensor | int | None,
+        media: dict[str, Any],
+    ) -> OmniOutput:
         inputs, stream = self.encode(input_ids, attention_mask, labels, **media)
         tokens = {kind.name.lower(): inputs.count(kind) for kind in (Kind.AUDIO, Kind.VIDEO)}
         with self.services(inputs) as language_model:
@@ -381,7 +405,7 @@ class CompressedOmni(nn.Module):
         key_bias = None
         if asking:
             enable_key_bias(language_model.config)
-            merged = torch.isin(inputs.layout.kind, torch.tensor(asking, device=inputs.mask.device))
+            merged = torch.stack([inputs.layout.kind == kind for kind in asking]).any(dim=0)
             key_bias = size_bias(inputs.sizes, merged)
         sections = None if self.compressor is None else self.compressor.rope_sections
         with biased([language_model], key_bias), rope_sections(language_model, sections):
@@ -432,9 +456,14 @@ class CompressedOmni(nn.Module):
             ValueError: a prompt does not end in text (there a next position could not be told from the last one).
         """
         media = {name: kwargs.pop(name) for name in MEDIA if name in kwargs}
+        with deferred_checks():
+            return self._generate(input_ids, attention_mask, media, kwargs)
+
+    def _generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None, media: dict[str, Any], kwargs: dict[str, Any]
+    ) -> Tensor:
         inputs, _ = self.encode(input_ids, attention_mask, padding_side="left", **media)
-        last = inputs.positions[1:, :, -1]
-        if bool((inputs.decode_offset + inputs.mask.sum(dim=1) != last + 1).any()):
+        if self.positions == "original" and not inputs.before.ends_in_text():
             raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
         greedy = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
         with self.services(inputs):

@@ -108,6 +108,10 @@ def test_bad_streams(thinker):
     embeds = torch.randn(1, 15, 8)
     with pytest.raises(ValueError, match="slot 10 is outside AUDIO clip 0 of 10 tokens"):
         rewrite(embeds, layout, {Kind.AUDIO: drop([10], [[3, 10]], 8)})
+    with pytest.raises(ValueError, match="slots must increase: slot 4 follows 4 in AUDIO clip 0 of 10 tokens"):
+        rewrite(embeds, layout, {Kind.AUDIO: drop([10], [[3, 4, 4]], 8)})
+    with pytest.raises(ValueError, match="AUDIO clip 0 has 10 placeholders but the stream has 11 tokens"):
+        rewrite(embeds, layout, {Kind.AUDIO: drop([11], [range(11)], 8)})
     with pytest.raises(ValueError, match="1 AUDIO clips but the stream has 2"):
         rewrite(embeds, layout, {Kind.AUDIO: drop([5, 5], [[1], [2]], 8)})
     with pytest.raises(ValueError, match="10 AUDIO placeholders but 9 AUDIO features"):

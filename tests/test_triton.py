@@ -17,12 +17,16 @@ from torch.nn import functional
 from audiopress.kernels import (
     adjacent_cosine,
     attention_received,
+    farthest_first,
+    gather_rows,
+    greedy_map,
     most_alike,
     segment_mean,
     segment_merge,
     top_k,
     ward_greedy,
 )
+from audiopress.kernels.select import TIE
 from audiopress.kernels.ward import ward_heights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,6 +35,7 @@ EPS = torch.finfo(torch.float32).eps
 # The interpreter truncates to bfloat16 where a GPU rounds, and cannot multiply matrices of it.
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
 WIDTHS = [96, 33] if INTERPRETED else [3584, 2048, 1280, 576, 96, 33]
+CLIPS = (0, 1, 2, 13, 37, 1) if INTERPRETED else (0, 1, 2, 13, 127, 300, 1)  # to choose from greedily
 LENGTHS = (0, 1, 2, 0, 7, 1) if INTERPRETED else (0, 1, 2, 0, 13, 127, 750, 6422, 1)
 
 on_device = pytest.mark.gpu if not INTERPRETED else lambda test: test
@@ -121,6 +126,40 @@ def ward_heights_in_fp64(embeds, weights, lengths):
                 heights[right] = height
         found.append(heights)
     return torch.cat(found).to(embeds.device)
+
+
+def farthest_in_fp64(embeds, count):
+    unit = functional.normalize(embeds.double(), dim=1)
+    distances, kept = 1 - unit @ unit.T, []
+    gain = distances.clone().fill_diagonal_(torch.inf).amin(dim=1)
+    for _ in range(count):
+        kept.append(int((gain >= gain.max() - TIE).byte().argmax()))
+        gain = distances[kept].amin(dim=0).index_fill(0, torch.tensor(kept, device=DEVICE), -torch.inf)
+    return kept
+
+
+def map_in_fp64(quality, embeds, count):
+    """Takes every chosen token off the matrix of cosines; when nothing is left, the rest goes by quality."""
+    unit, weight = functional.normalize(embeds.double(), dim=1), (quality.double() / quality.max()).square()
+    matrix, kept = unit @ unit.T, []
+    for _ in range(count):
+        left = matrix.diagonal()
+        most = (weight * left).max()
+        if most <= 1e-9:
+            break
+        best = int(((weight * (left + TIE) >= most) & (left > 1e-9)).byte().argmax())
+        matrix = matrix - torch.outer(matrix[best], matrix[best]) / matrix[best, best]
+        kept.append(best)
+        matrix[kept], matrix[:, kept] = 0, 0
+    rest = quality.index_fill(0, torch.tensor(kept, dtype=torch.long, device=DEVICE), -torch.inf)
+    return kept + rest.argsort(descending=True, stable=True)[: count - len(kept)].tolist()
+
+
+def of_each_clip(choose, budget, *inputs):
+    """Gives `choose(*rows of a clip, its budget)` of all clips, as packed indices in order."""
+    rows = zip(*(x.split(CLIPS) for x in inputs), budget, strict=True)
+    starts = itertools.accumulate(CLIPS)
+    return [end - len(x[0]) + i for end, x in zip(starts, rows, strict=True) if x[-1] for i in sorted(choose(*x))]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -221,11 +260,19 @@ def test_attention_received(lengths, size, heads, key_heads, causal, dtype, monk
         monkeypatch.setattr("audiopress.kernels.triton_received.STEP", 16)
     q, k = randn(sum(lengths), heads, size, dtype=dtype), randn(sum(lengths), key_heads, size, dtype=dtype, seed=1)
     scale = 2 * size**-0.5
-    found, plain = (attention_received(q, k, lengths, scale, causal, b) for b in ("triton", "torch"))
-    check(found, plain, received_in_fp64(q, k, lengths, scale, causal))
+    found, plain = (attention_received(q, k, lengths, scale, causal, backend=b) for b in ("triton", "torch"))
+    want = received_in_fp64(q, k, lengths, scale, causal)
+    check(found, plain, want)
     for part in found.split(lengths):
         if len(part):
             assert float(part.mean()) == pytest.approx(1, abs=1e-5)
+    found = attention_received(q, k, lengths, scale, causal, log=True, backend="triton")
+    torch.testing.assert_close(found.double(), want.log(), rtol=1e-5, atol=1e-5)
+    # One-hot, as where products are large whole numbers: all but a few tokens would underflow.
+    q, k = (x.mul(30).round() for x in (q, k))
+    found, plain = (attention_received(q, k, lengths, 1, causal, log=True, backend=b) for b in ("triton", "torch"))
+    assert causal or min(lengths) < 2 or found.min() < -200
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-3)
 
 
 @on_device
@@ -330,6 +377,71 @@ def test_the_earliest_of_nearly_equal_targets(first, monkeypatch):
 
 
 @on_device
+@pytest.mark.parametrize("data", ["random", "ties"])
+@pytest.mark.parametrize("width", [64, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_choices(dtype, width, data, monkeypatch):
+    monkeypatch.setattr("audiopress.kernels.triton_greedy.PANEL", 4)
+    embeds, quality = randn(sum(CLIPS), width, dtype=dtype), randn(sum(CLIPS), seed=1).abs() + 0.1
+    if data == "ties":
+        embeds, quality = (embeds * 0.8).round(), quality.ceil()  # of width 5: many copies, and zeros
+    for budget in ([n // 3 for n in CLIPS], [n - n // 5 for n in CLIPS]):
+        found = farthest_first(embeds, CLIPS, budget, "triton")
+        assert found.tolist() == of_each_clip(farthest_in_fp64, budget, embeds)
+        assert torch.equal(found, farthest_first(embeds, CLIPS, budget, "torch"))
+        found = greedy_map(quality, embeds, CLIPS, budget, "triton")
+        assert found.tolist() == of_each_clip(map_in_fp64, budget, quality, embeds)
+        assert torch.equal(found, greedy_map(quality, embeds, CLIPS, budget, "torch"))
+
+
+@on_device
+@pytest.mark.parametrize("choose", [farthest_first, greedy_map])
+def test_greedy_choices_do_not_depend_on_the_other_clips(choose, monkeypatch):
+    budget = [n // 2 for n in CLIPS]
+    inputs = (randn(sum(CLIPS), 33),) if choose is farthest_first else (randn(sum(CLIPS)).abs(), randn(sum(CLIPS), 33))
+
+    def alone(*rows):
+        *clip, count = rows
+        return choose(*clip, (len(clip[0]),), (count,), "triton").tolist()
+
+    want = of_each_clip(alone, budget, *inputs)
+    for room, longest in ((10**9, 10**9), (500, 10**9), (500, 13)):  # all at once, in turn, and the longest by torch
+        monkeypatch.setattr("audiopress.kernels.triton_greedy.ROOM", room)
+        monkeypatch.setattr("audiopress.kernels.greedy.LONGEST", longest)
+        assert choose(*inputs, CLIPS, budget, "triton").tolist() == want
+
+
+@on_device
+def test_greedy_choices_where_nothing_new_is_left():
+    embeds, ones = randn(3, 33).repeat_interleave(4, dim=0), torch.ones(12, device=DEVICE)
+    for backend in ("triton", "torch"):
+        assert farthest_first(embeds, (12,), (3,), backend).tolist() == [0, 4, 8]
+        assert farthest_first(embeds, (12,), (5,), backend).tolist() == [0, 1, 2, 4, 8]
+        assert greedy_map(ones, embeds, (12,), (5,), backend).tolist() == [0, 1, 2, 4, 8]
+        assert greedy_map(ones, embeds * 0, (12,), (3,), backend).tolist() == [0, 1, 2]
+        assert greedy_map(ones * 0, embeds, (12,), (3,), backend).tolist() == [0, 1, 2]
+
+
+@on_device
+@each_dtype
+@pytest.mark.parametrize("width", [33, 1100] if INTERPRETED else [3584, 1280, 33])
+@pytest.mark.parametrize("rows", [(9,), (5, 7), (4, 0, 6), (0, 3, 2)])
+def test_gather_rows(rows, width, dtype):
+    sources = [randn(n, width, dtype=dtype if i else torch.float32, seed=i) for i, n in enumerate(rows)]
+    index = torch.randperm(sum(rows), generator=torch.Generator().manual_seed(9))[: sum(rows) - 1]
+    index = torch.cat([index[:2], torch.tensor([-1, -1]), index[2:]]).to(DEVICE)
+    grad = randn(len(index), width, seed=7)
+    (found, found_grads), (plain, plain_grads) = (
+        with_gradient(lambda *x, b=b: gather_rows(x, index, b), sources, grad) for b in ("triton", "torch")
+    )
+    for x, y in zip((found, *found_grads), (plain, *plain_grads), strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+    strided = [torch.stack([x, x], dim=2).flatten(1)[:, ::2] for x in sources]
+    assert torch.equal(gather_rows(strided, index, "triton"), plain)
+
+
+@on_device
 def test_strided_inputs():
     wide = randn(60, 192, dtype=DTYPES[0])
     counts, weights = runs(30), (randn(60, seed=1).abs() + 0.1)[::2]
@@ -343,6 +455,8 @@ def test_strided_inputs():
             (a, (da,)), (b, (db,)) = with_gradient(function, [x], g), with_gradient(function, [same], g)
             assert torch.equal(a, b)
             assert torch.equal(da, db)
+        assert torch.equal(*(farthest_first(y, (30,), (9,), "triton") for y in (x, same)))
+        assert torch.equal(*(greedy_map(weights, y, (30,), (9,), "triton") for y in (x, same)))
     heads = randn(4, 30, 32, dtype=DTYPES[0])
     every = torch.arange(60, device=DEVICE)
     for x in (wide[:, :96], wide[:, ::2]):
@@ -359,8 +473,11 @@ def test_nothing_to_do():
     counts = torch.empty(0, dtype=torch.long, device=DEVICE)
     assert adjacent_cosine(none, (0, 0), "triton").shape == (0,)
     assert top_k(none[:, 0], (0, 0), (0, 0), "triton").shape == (0,)
+    assert farthest_first(none, (0, 0), (0, 0), "triton").shape == (0,)
+    assert greedy_map(none[:, 0], none, (0, 0), (0, 0), "triton").shape == (0,)
     assert ward_greedy(none, none[:, 0], (0, 0), (0, 0), backend="triton").shape == (0,)
     assert [len(x) for x in most_alike(none, counts, (0, 0), counts, (0, 0), "triton")] == [0, 0]
+    assert gather_rows([none, none], counts, "triton").shape == (0, 8)
     assert segment_mean(none, none[:, 0], counts, "triton").shape == (0, 8)
     assert [len(x) for x in segment_merge(none, counts, none[:, 0], counts, "triton")] == [0, 0, 0]
     assert attention_received(none[:, None], none[:, None], (0,), 1.0, backend="triton").shape == (0,)
@@ -374,11 +491,14 @@ def test_nothing_waits_for_the_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         cosine = adjacent_cosine(embeds, (100, 200), "triton")
+        rows = gather_rows([embeds, embeds], slots, "triton")
         mean = segment_merge(embeds, slots, weights, counts, "triton")[0]
         attention_received(q, q, (100, 200), 1.0, backend="triton")
         top_k(weights, (100, 200), (50, 0), "triton")
+        farthest_first(embeds, (100, 200), (50, 60), "triton")
+        greedy_map(weights, embeds, (100, 200), (50, 60), "triton")
         most_alike(embeds, slots[100:], (0, 200), slots[:100], (50, 50), "triton")
-        torch.autograd.grad([cosine, mean], embeds, [torch.ones_like(cosine), torch.ones_like(mean)])
+        torch.autograd.grad([cosine, mean, rows], embeds, [torch.ones_like(x) for x in (cosine, mean, rows)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
