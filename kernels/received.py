@@ -59,16 +59,17 @@ def attention_received(
         columns = q.new_full((len(some), heads, q.shape[1]), -torch.inf if log else 0.0)
         for top in range(0, q.shape[1], rows):
             with torch.autocast(q.device.type, enabled=False):  # methods decide by it
-                logits = torch.einsum("bqhd,bkhd->bhqk", q[:, top : top + rows], k) * scale
+                logits = torch.einsum("bqhd,bkhd->bhqk", q[:, top : top + rows], k).mul_(scale)
             hidden = ~real[:, None, None]
             if causal:
                 hidden = hidden | torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).triu(1 + top)
-            logits, asking = logits.masked_fill(hidden, -torch.inf), real[:, None, top : top + rows, None]
+            logits.masked_fill_(hidden, -torch.inf)
+            asking = real[:, None, top : top + rows, None]
             if log:
-                weights = logits.log_softmax(dim=-1).masked_fill(~asking, -torch.inf)
+                weights = logits.log_softmax(dim=-1).masked_fill_(~asking, -torch.inf)
                 columns = torch.logaddexp(columns, _log_sums(weights))
             else:
-                columns += (logits.softmax(dim=-1) * asking).sum(dim=2)
+                columns += logits.softmax(dim=-1).mul_(asking).sum(dim=2)
         columns = columns.logsumexp(dim=1) - math.log(heads) if log else columns.mean(dim=1)
         received.append(unpad_clips(columns, some))
         start = stop
