@@ -36,7 +36,7 @@ def _gather(
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.load(index + row)
+    at = tl.load(index + row + tl.arange(0, 1))
     dtype = out.dtype.element_ty
     for start in tl.static_range(0, WIDTH, CHUNK):
         column = start + tl.arange(0, CHUNK)
