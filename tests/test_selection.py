@@ -177,6 +177,11 @@ def test_copies_tie_and_the_earliest_wins(choose, width):
         assert choose(embeds.to(dtype), (77,), (11,)).tolist() == list(range(11))
 
 
+def test_copies_come_last_where_every_token_has_one():
+    embeds = torch.randn(3, 33).repeat_interleave(2, dim=0)
+    assert farthest_first(embeds, (6,), (3,)).tolist() == [0, 2, 4]
+
+
 # CDPruner ---------------------------------------------------------------------------------------------------------
 
 
