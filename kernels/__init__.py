@@ -1,6 +1,6 @@
 """Packed operations on token streams: a readable torch reference per operation, and Triton kernels for some."""
 
-from .attention import block_attention
+from .attention import block_attention, causal_attention
 from .gather import gather_rows
 from .greedy import farthest_first, greedy_map
 from .merge import merge_chains, merge_pairs, nest_runs, run_lengths
@@ -15,6 +15,7 @@ __all__ = [
     "adjacent_cosine",
     "attention_received",
     "block_attention",
+    "causal_attention",
     "clip_ids",
     "evenly",
     "farthest_first",

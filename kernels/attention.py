@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .backend import use_triton
 from .packed import bounds
 from .select import pad_clips
-from .varlen import HEAD_MULTIPLE, can_use_varlen, varlen_attention
+from .varlen import HALF, HEAD_MULTIPLE, can_use_varlen, varlen_attention
 
 
 def block_attention(
@@ -45,6 +46,41 @@ def block_attention(
     elif len(set(lengths)) > 1:
         mask = real[:, None, None]
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)[real]
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float, backend: str = "auto"
+) -> Tensor:
+    """Attends to oneself and what is before, with a bias on every key.
+
+    Args:
+        query: `[B, H, L, d]`.
+        key: `[B, K, L, d]`, where H is a multiple of K: each key head serves H / K query heads that follow one another.
+        value: `[B, K, L, d]`.
+        key_bias: `[B, L]`, added to every logit of its key.
+        scale: of the logits.
+        backend: "auto", "torch" or "triton". The kernel is forward only, for half precision on a GPU; where it does not
+            fit, "auto" does without.
+
+    Returns:
+        `[B, H, L, d]`.
+    """
+    if use_triton(backend, query) and (backend == "triton" or has_causal_kernel(query)):
+        from . import triton_causal
+
+        return triton_causal.causal_attention(query, key, value, key_bias, scale)
+    size = query.shape[-1]
+    query, key, value = append_key_bias(query, key, value, key_bias[:, None, :, None], scale)
+    grouped = query.shape[1] != key.shape[1]
+    mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return mixed[..., :size]
+
+
+def has_causal_kernel(query: Tensor) -> bool:
+    """Tells whether the kernel of `causal_attention` takes these queries: half precision, no gradient, 2^n channels."""
+    size = query.shape[-1]
+    fits = query.dtype in HALF and 16 <= size <= 128 and size & (size - 1) == 0
+    return fits and not (torch.is_grad_enabled() and query.requires_grad)
 
 
 def append_key_bias(

@@ -13,13 +13,13 @@ except ImportError:  # before torch 2.10
     varlen_attn = None
 
 _TAKES_SCALE = varlen_attn is not None and "scale" in inspect.signature(varlen_attn).parameters
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 HEAD_MULTIPLE = 8  # of the head size, which fast attention kernels ask for
 
 
 def can_use_varlen(query: Tensor) -> bool:
     """Tells whether `varlen_attention` takes these queries: on a GPU, in half precision, with a fitting head size."""
-    return query.is_cuda and query.dtype in _HALF and query.shape[-1] % HEAD_MULTIPLE == 0 and varlen_attn is not None
+    return query.is_cuda and query.dtype in HALF and query.shape[-1] % HEAD_MULTIPLE == 0 and varlen_attn is not None
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
