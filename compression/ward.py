@@ -128,7 +128,7 @@ class Ward(EncoderMethod):
         if tuple(share) == stream.lengths:
             return stream
         counts = self.segment(stream, share, attention)
-        if self.adaptive:  # the only look at what was decided on the GPU
+        if self.adaptive:  # the cost decided what each clip keeps
             share = stream.clips[counts.cumsum(0) - 1].bincount(minlength=len(share)).tolist()
         embeds = stream.embeds.float()
         means, slots, sizes = segment_merge(embeds, stream.slots, stream.sizes, counts)

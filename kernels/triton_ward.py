@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .packed import bounds
 
-BLOCK, WARPS = 2048, 8  # runs at once in `_decide`; a guess, as what follows
+# Guesses:
+BLOCK, WARPS = 2048, 8  # runs at once in `_decide`
 PROGRAMS, CHUNK, ROW_WARPS = 1024, 1024, 4  # of the two that go over rows
-ROUNDS = 8  # from one look at whether all is done to the next; the look takes as long as a round
+ROUNDS = 8  # from one look at whether all is done to the next: a look costs about as much as a round too many
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def _is_joined(numbers, origins, rises, run, n):
 
 @triton.jit
 def _append(listed, counter, values, mask):
+    """Adds values to a list that all clips share."""
     count = mask.to(tl.int64)
     place = tl.atomic_add(counter, tl.sum(count, axis=0)) + tl.cumsum(count, axis=0) - 1
     tl.store(listed + place, values, mask=mask)
@@ -168,8 +170,8 @@ def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Ten
     every = torch.full((2,), rows - 1, device=embeds.device)
     _pair_costs[grid](means, old[0], old[1], old[3], changed, every, **sizes)
     while True:
-        # Joins and changed pairs of each round. In int64 every row lies at a multiple of 16 bytes, for which Triton
-        # compiles by itself.
+        # Joins and changed pairs of each round: int64, so that every row begins at a multiple of 16 bytes. Triton would
+        # compile its kernels a second time for a pointer that does not.
         counters = torch.zeros(ROUNDS, 2, dtype=torch.long, device=embeds.device)
         for counter in counters:
             _decide[(len(lengths),)](

@@ -233,6 +233,14 @@ def test_a_segment_is_its_mean_with_the_mean_norm():
     torch.testing.assert_close(last, mean / mean.norm() * (3 + 4 + 30 + 180) / 6)
 
 
+def test_a_token_alone_stays_as_it_is_bit_for_bit():
+    stream = make_stream((40,))
+    out = make(0.8)(stream)
+    alone = out.sizes == 1
+    assert 20 < alone.sum() < 32
+    assert torch.equal(out.embeds[alone], stream.embeds[out.slots[alone]])
+
+
 def test_tokens_that_cancel_give_a_finite_token_and_gradient():
     half = random(1, HIDDEN_SIZE)
     embeds = torch.cat([half, -half, torch.zeros(2, HIDDEN_SIZE)]).requires_grad_()
