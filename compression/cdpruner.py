@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels import clip_ids, greedy_map, segment_reduce
+from ..kernels import greedy_map, segment_reduce, upload
 from .base import Compressor, CompressorConfig, Context, Sizes, check_choice
 from .reading import question_cosine, read_attention, read_question
 from .registry import register
@@ -100,7 +100,9 @@ def relevance(stream: TokenStream, question: TokenStream) -> Tensor:
         `[N]` float32; 1 everywhere in a clip whose tokens are all alike.
     """
     cosine = question_cosine(stream, question)
-    lengths = [n for n in stream.lengths if n]
-    clips, counts = clip_ids(lengths, cosine.device), torch.tensor(lengths, dtype=torch.long, device=cosine.device)
-    least, most = (segment_reduce(cosine, reduce, counts)[clips] for reduce in ("min", "max"))
+    counts = upload([n for n in stream.lengths if n], cosine.device)
+    least, most = (
+        segment_reduce(cosine, reduce, counts).repeat_interleave(counts, output_size=len(cosine))
+        for reduce in ("min", "max")
+    )
     return (cosine - least + _LEAST_SPAN) / (most - least + _LEAST_SPAN)

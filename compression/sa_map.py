@@ -95,17 +95,17 @@ def group(
     Where a group ends depends on where it starts, but on nothing else before it. So the end is found for *every* token
     as a start at once, and then the clip's chain of starts is followed, by pointer doubling.
     """
-    count, clips = len(stream.slots), stream.clips
-    here = torch.arange(count, device=clips.device)
+    count, device = len(stream.slots), stream.embeds.device
+    here = torch.arange(count, device=device)
     means = mean_cosines(stream.embeds, stream.lengths, max_group)
     joins = functional.pad(means, (0, 0, 0, max_group), value=-torch.inf) >= threshold - TIE
-    after = torch.arange(max_group - 1, device=clips.device)
+    after = torch.arange(max_group - 1, device=device)
     following = joins[here[:, None] + 1 + after, after]  # [N, max_group - 1]: if each later token would join
     ends = here + 1 + following.cumprod(dim=1).sum(dim=1)
     starts = _follow(ends)
 
     # A group opens at every start; then, up to `least`, at the tokens that joined with the least mean cosine.
-    found = torch.bincount(clips[starts], minlength=len(stream.lengths)).tolist()
+    found = functional.pad(starts.cumsum(0), (1, 0))[stream.offsets].diff().tolist()  # the one wait for the GPU
     groups = tuple(max(a, b) for a, b in zip(found, least, strict=True))
     before = here - here.where(starts, 0).cummax(0).values  # how many tokens of its group come before each token
     closeness = functional.pad(means, (1, 0))[here, before]
@@ -143,6 +143,6 @@ def _follow(ends: Tensor) -> Tensor:
     reached = torch.zeros_like(jump, dtype=torch.bool)
     reached[0] = True
     for _ in range(count.bit_length()):  # each round doubles how far the jumps and the chain reach
-        reached[jump[reached]] = True
+        reached.index_fill_(0, jump.where(reached, count), True)  # the one beyond the end is no token
         jump = jump[jump]
     return reached[:count]

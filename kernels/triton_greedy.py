@@ -76,7 +76,7 @@ def _pivots(table, memory, quality, left, chosen, first, PANEL: tl.constexpr, BL
         for i in tl.range(0, step, loop_unroll_factor=4):  # so that loads do not wait for one another
             share = tl.load(panel + i * stride + best)
             row -= share * tl.load(panel + i * stride + token, mask=inside, other=0)
-        along = tl.where(found, tl.div_rn(row, norm), 0)  # all tokens' shares in a new direction
+        along = row * tl.where(found, 1 / norm, 0)  # all tokens' shares in a new direction
         tl.store(panel + step * stride + token, along, mask=inside)
         tl.store(chosen + best, 1.0, mask=found)
         rest = tl.where(token == best, 0, rest - along * along)
