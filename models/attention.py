@@ -2,8 +2,12 @@
 
 A key that stands for n equal keys is theirs exactly when log(n) is added to its attention logits (Bolya et al., Token
 Merging, 2210.09461). Attention functions of transformers take no bias per key, or take it as a mask of queries times
-keys; here it rides along as head channels: the queries get ones, the keys get the bias over the scale. So it is exact
-with every implementation, flash attention included, and costs no map.
+keys, which for a long prompt is too much. So the bias takes one of three ways, all exact:
+
+- of a single query, as in decoding, it is added to the mask;
+- of a prompt without padding, on a GPU and without gradient, our own kernel takes it;
+- else it rides along as head channels, with every implementation, flash attention included: the queries get ones, the
+  keys get the bias over the scale.
 """
 
 from __future__ import annotations
@@ -11,18 +15,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels.attention import append_key_bias
+from ..kernels.attention import append_key_bias, causal_attention, has_causal_kernel
 
 PREFIX = "key_bias_"
+BY_MASK = (f"{PREFIX}sdpa", f"{PREFIX}eager")  # those whose mask may be additive
+
+_bias_of_masks: ContextVar[Tensor | None] = ContextVar("bias_of_masks", default=None)
 
 
 def size_bias(sizes: Tensor, mask: Tensor) -> Tensor:
@@ -47,8 +56,19 @@ def enable_key_bias(config: Any) -> None:
     if base.startswith(PREFIX):
         return
     AttentionInterface.register(PREFIX + base, partial(_attend, base=base))
-    AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    AttentionMaskInterface.register(PREFIX + base, partial(_mask, base=base))
     config._attn_implementation = PREFIX + base
+
+
+@contextmanager
+def biased_llm(language_model: nn.Module, key_bias: Tensor | None) -> Iterator[None]:
+    """Gives `key_bias` to a language model, in prefill and in decoding, while the block runs; see `biased`."""
+    token = _bias_of_masks.set(key_bias if language_model.config._attn_implementation in BY_MASK else None)
+    try:
+        with biased([language_model], key_bias):
+            yield
+    finally:
+        _bias_of_masks.reset(token)
 
 
 @contextmanager
@@ -56,13 +76,14 @@ def biased(modules: Iterable[nn.Module], key_bias: Tensor | None) -> Iterator[No
     """Gives `key_bias` to every call of some modules, while the block runs.
 
     Args:
-        modules: language models, or single attention modules (such as a decoder's cross-attention).
+        modules: attention modules, such as a decoder's cross-attention.
         key_bias: `[B, K]`, added to the logits of the first K keys; later keys, of generated tokens, get 0. Where the
             batch is expanded (beams), so is the bias. None for nothing.
     """
 
     def inject(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"key_bias": key_bias}
+        by_mask = _bias_of_masks.get() is not None and kwargs["inputs_embeds"].shape[1] == 1
+        return args, kwargs if by_mask else kwargs | {"key_bias": key_bias}
 
     with ExitStack() as stack:
         for module in modules if key_bias is not None else ():
@@ -104,22 +125,68 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Calls the attention function `base`, with the bias as further channels of queries and keys."""
+    """Calls the attention function `base`, with the bias on its keys."""
     attend = partial(_call, base, module)
-    size = query.shape[-1]
+    size, queries = query.shape[-1], query.shape[2]
     scaling = size**-0.5 if scaling is None else scaling
+    if base == "sdpa" and queries == 1:
+        return _attend_once(query, key, value, attention_mask, key_bias, scaling), None
     if key_bias is None:
         return attend(query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
     bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0)
-    bias = F.pad(bias, (0, key.shape[2] - bias.shape[1]))[:, None, :, None]  # [B, 1, K, 1]
+    whole = (
+        base == "sdpa" and attention_mask is None and bias.shape[1] == queries and getattr(module, "is_causal", True)
+    )
+    if whole and kwargs.get("is_causal") is not False:  # a prompt without padding; a static cache is longer, and empty
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        if query.is_cuda and has_causal_kernel(query):
+            return causal_attention(query, key, value, bias, scaling).transpose(1, 2).contiguous(), None
     output, weights = attend(
-        *append_key_bias(query, key, value, bias, scaling),
+        *append_key_bias(query, key, value, _fit(bias, key.shape[2])[:, None, :, None], scaling),
         attention_mask,
         *args,
         scaling=scaling,
         **kwargs,
     )
     return output[..., :size], weights
+
+
+def _attend_once(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_bias: Tensor | None, scaling: float
+) -> Tensor:
+    """Attends with one query per head `[B, H, 1, d]`; gives `[B, 1, H, d]`.
+
+    The queries of the heads that share a key head are taken for as many queries of that one: so its keys are read
+    once, and are not copied to every head.
+    """
+    if key_bias is not None:
+        bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0)
+        mask = _add(mask, _fit(bias, key.shape[2])[:, None, None].to(query.dtype))
+    queries = query.view(len(query), key.shape[1], -1, query.shape[-1])
+    mixed = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
+    return mixed.reshape(len(query), 1, -1, value.shape[-1])
+
+
+def _mask(*args: Any, base: str, **kwargs: Any) -> Tensor | None:
+    """Makes the mask as the attention function `base` wants it; of a single query, with the bias added."""
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+    bias = _bias_of_masks.get()
+    if bias is None or kwargs["q_length"] > 1:
+        return mask
+    bias = bias.repeat_interleave(kwargs["batch_size"] // len(bias), dim=0)
+    return _add(mask, _fit(bias, kwargs["kv_length"])[:, None, None].to(kwargs["dtype"]))
+
+
+def _fit(bias: Tensor, keys: int) -> Tensor:
+    """Gives the keys that came later the bias 0."""
+    return F.pad(bias, (0, keys - bias.shape[1]))
+
+
+def _add(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """Adds a bias to a mask, which may be additive, or tell which keys are seen."""
+    if mask is None:
+        return bias
+    return bias.where(mask, -torch.inf) if mask.dtype == torch.bool else mask + bias
 
 
 def _call(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,8 @@ from ..compression import Compressor, build
 from ..compression.base import LLMShape
 from ..compression.registry import from_description
 from . import parts, storage
+from .attention import enable_key_bias
+from .fast import compile_layers
 from .omni import CompressedOmni, check_compressor
 from .packed import use_packed_attention
 
@@ -27,6 +29,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     video_compressor: Compressor | str | None = None,
+    compile: bool = False,  # the name that users of transformers know
     **options: Any,
 ) -> tuple[CompressedOmni, Any]:
     """Opens a model with a compressor in its slot, and its processor.
@@ -41,6 +44,8 @@ def load(
         dtype: of the weights. Default: bfloat16 on a GPU, float32 on a CPU.
         device: Default: the GPU if there is one.
         video_compressor: the same for the video tokens: a training-free method that reads nothing else.
+        compile: compile the layers that are slow without (see `compile_layers`), and have `generate` use a static
+            cache: for many clips on a GPU. The first clip and the first answer then take a minute more.
         options: of the compressor named, as `keep_ratio=0.5`; of a saved variant, `keep_ratio` alone, for methods one
             set of weights of which serves several.
 
@@ -57,19 +62,19 @@ def load(
         raise ValueError(f"options {', '.join(options)} go with a compressor's name, got {compressor!r}")
     if not saved:
         thinker, processor = load_base(name, weight_dtype)
-        use_packed_attention(thinker)
+        _speed_up(thinker)
         if isinstance(compressor, str):
             compressor = build_for(thinker, compressor, **options)
         base = str(Path(name).resolve()) if Path(name).is_dir() else name
         if isinstance(video_compressor, str):
             video_compressor = build_for(thinker, video_compressor)
         model = CompressedOmni(thinker, compressor, video_compressor=video_compressor, base=base)
-        return model.to(place).eval(), processor
+        return _placed(model, place, compile), processor
 
     manifest = storage.read_manifest(name)
     thinker, processor = load_base(base or manifest["base"]["name"], weight_dtype)
     storage.check_base(manifest["base"], thinker, name)
-    use_packed_attention(thinker)
+    _speed_up(thinker)
     method, video = (
         None if manifest[key] is None else from_description(manifest[key]) for key in ("compressor", "video_compressor")
     )
@@ -86,7 +91,20 @@ def load(
         if model.compressor is None:
             raise ValueError(f"{name} was saved without a compressor: there is no keep_ratio to change")
         model.compressor = model.compressor.at(**options)
-    return model.requires_grad_(False).to(place).eval(), processor
+    return _placed(model.requires_grad_(False), place, compile), processor
+
+
+def _speed_up(thinker: nn.Module) -> None:
+    """Puts attention functions of ours in place of slow ones; results stay, up to rounding."""
+    use_packed_attention(thinker)
+    enable_key_bias(parts.language_model(thinker).config)
+
+
+def _placed(model: CompressedOmni, place: torch.device, compile: bool) -> CompressedOmni:
+    if compile:
+        compile_layers(model.thinker)
+        model.static_cache = place.type == "cuda"
+    return model.to(place).eval()
 
 
 def build_for(thinker: nn.Module, method: str, **options: Any) -> Compressor:

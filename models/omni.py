@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import StaticCache
 from transformers.utils import ModelOutput
 
 from ..compression import Compressor, Context, TokenStream
@@ -19,7 +20,7 @@ from ..compression.base import check_choice
 from ..compression.checks import deferred_checks
 from . import parts, storage
 from .alignment import CTCAlignment
-from .attention import biased, enable_key_bias, rope_sections, size_bias
+from .attention import biased_llm, enable_key_bias, rope_sections, size_bias
 from .context import fill, prompt_index
 from .encoders import encode_audio, encode_image, encode_video
 from .layout import Kind, Layout, TokenIds, audio_lengths
@@ -38,6 +39,7 @@ MEDIA = (
 )
 ON_HOST = ("feature_attention_mask", "video_grid_thw", "video_second_per_grid", "video_seconds", "image_grid_thw")
 PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
+CACHE_BUCKET = 1024  # tokens; a guess: shorter ones compile more often, longer ones attend to more emptiness
 TRAINABLE = ("compressor", "adapter", "projector")
 
 
@@ -69,6 +71,9 @@ class CompressedOmni(nn.Module):
         video_compressor: a training-free method of stage "connector" that reads nothing else, for the video tokens.
         base: what `load_base` opens it by: "omni-small", a path or a hub name.
         positions: see `rewrite`.
+
+    Attributes:
+        static_cache: whether `generate` takes a static cache unless told otherwise; `load(..., compile=True)` sets it.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class CompressedOmni(nn.Module):
         self.ctc_weight = 0.0
         self.trains_projector = False
         self.token_ids = TokenIds.from_config(thinker.config)
+        self.static_cache = False
+        self._cache, self._cache_shape = None, (0, 0)
 
     # What Trainer and its friends ask of a model.
 
@@ -408,7 +415,7 @@ class CompressedOmni(nn.Module):
             merged = torch.stack([inputs.layout.kind == kind for kind in asking]).any(dim=0)
             key_bias = size_bias(inputs.sizes, merged)
         sections = None if self.compressor is None else self.compressor.rope_sections
-        with biased([language_model], key_bias), rope_sections(language_model, sections):
+        with biased_llm(language_model, key_bias), rope_sections(language_model, sections):
             yield language_model
 
     def ctc_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **media: Any) -> Tensor:
@@ -444,6 +451,10 @@ class CompressedOmni(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Generates answers with transformers' own `generate`, greedily unless told otherwise.
 
+        With a static cache (`cache_implementation="static"`, or `static_cache`) transformers compiles a step of
+        decoding on a GPU, which takes half a minute once and then a third of the time per token. The cache's length is
+        rounded up to a whole `CACHE_BUCKET`, and it is used again, so that another prompt compiles nothing.
+
         Args:
             input_ids: `[B, L]` prompts, padded on either side.
             attention_mask: `[B, L]`.
@@ -465,6 +476,13 @@ class CompressedOmni(nn.Module):
         inputs, _ = self.encode(input_ids, attention_mask, padding_side="left", **media)
         if self.positions == "original" and not inputs.before.ends_in_text():
             raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
+        if self.static_cache and not {"cache_implementation", "past_key_values"} & kwargs.keys():
+            kwargs["cache_implementation"] = "static"
+        if kwargs.get("cache_implementation") == "static":
+            new = kwargs.get("max_new_tokens")
+            if new is not None and not {"num_beams", "num_return_sequences", "past_key_values"} & kwargs.keys():
+                del kwargs["cache_implementation"]
+                kwargs["past_key_values"] = self._empty_cache(len(input_ids), inputs.embeds.shape[1] + new)
         greedy = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
         with self.services(inputs):
             return self.thinker.generate(
@@ -474,6 +492,17 @@ class CompressedOmni(nn.Module):
                 **({} if kwargs.get("do_sample") or "generation_config" in kwargs else greedy),
                 **kwargs,
             )
+
+    def _empty_cache(self, batch: int, length: int) -> StaticCache:
+        """Gives a static cache of a whole number of buckets: the last one, if it fits."""
+        shape = batch, -(-length // CACHE_BUCKET) * CACHE_BUCKET
+        if shape != self._cache_shape:
+            self._cache = None  # before the new one takes its memory
+            self._cache = StaticCache(self.config.get_text_config(decoder=True), max_cache_len=shape[1])
+            self._cache_shape = shape
+        else:
+            self._cache.reset()
+        return self._cache
 
     # Saved and loaded.
 

@@ -9,7 +9,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from audiopress.models import parts
-from audiopress.models.attention import PREFIX, biased, enable_key_bias, rope_sections, size_bias
+from audiopress.models.attention import PREFIX, biased, biased_llm, enable_key_bias, rope_sections, size_bias
 
 
 def language_model(implementation="sdpa"):
@@ -60,7 +60,7 @@ def test_equals_an_additive_mask(implementation):
     _, lm = language_model(implementation)
     embeds, positions, sizes = inputs()
     enable_key_bias(lm.config)
-    with biased([lm], sizes.log()):
+    with biased_llm(lm, sizes.log()):
         found = lm(inputs_embeds=embeds, position_ids=positions).last_hidden_state
     torch.testing.assert_close(found, with_mask(lm, embeds, positions, sizes.log()), rtol=1e-5, atol=1e-5)
 
@@ -79,7 +79,7 @@ def test_flash_attention_finds_its_kernels(monkeypatch, name, biases):
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, lambda *a, **k: None)
     enable_key_bias(lm.config)
     embeds, positions, sizes = inputs()
-    with biased([lm], sizes.log() if biases else None):
+    with biased_llm(lm, sizes.log() if biases else None):
         lm(inputs_embeds=embeds, position_ids=positions)
     assert seen == [(name, 24 if biases else 16)] * 2, "it looks its kernels up by the config's name"
     assert lm.config._attn_implementation == PREFIX + name
@@ -91,7 +91,7 @@ def test_without_sizes_nothing_changes():
     want = lm(inputs_embeds=embeds, position_ids=positions).last_hidden_state
     enable_key_bias(lm.config)
     assert torch.equal(lm(inputs_embeds=embeds, position_ids=positions).last_hidden_state, want)
-    with biased([lm], torch.zeros(2, 9)):
+    with biased_llm(lm, torch.zeros(2, 9)):
         torch.testing.assert_close(lm(inputs_embeds=embeds, position_ids=positions).last_hidden_state, want)
     assert not lm._forward_pre_hooks
 
@@ -107,7 +107,7 @@ def test_decoding_equals_recomputing(cache, beams):
     bias = size_bias(sizes, mask)
     positions = (mask.cumsum(1) - 1).clamp(min=0).expand(4, -1, -1)
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "cache_implementation": cache}
-    with biased([lm], bias):
+    with biased_llm(lm, bias):
         cached, again = (
             thinker.generate(
                 inputs_embeds=embeds,
@@ -135,7 +135,7 @@ def test_training_with_checkpointing_gives_the_same_gradients():
             enable = getattr(thinker, "activation_checkpointing_enable", thinker.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         x = embeds.clone().requires_grad_(True)
-        with biased([lm], sizes.log()):
+        with biased_llm(lm, sizes.log()):
             out = lm(inputs_embeds=x, position_ids=positions, use_cache=False).last_hidden_state
         out.square().sum().backward()
         gradients.append(x.grad)
@@ -149,7 +149,7 @@ def test_bfloat16_loses_little():
     outs = []
     for dtype in (torch.float32, torch.bfloat16):
         lm.to(dtype)
-        with biased([lm], (100 * sizes).log()):
+        with biased_llm(lm, (100 * sizes).log()):
             outs.append(lm(inputs_embeds=embeds.to(dtype), position_ids=positions).last_hidden_state.float())
     torch.testing.assert_close(*outs, rtol=0.05, atol=0.05)
 

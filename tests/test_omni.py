@@ -366,3 +366,24 @@ def test_media_come_in_pairs(thinker):
     del batch["pixel_values"]
     with pytest.raises(ValueError, match="pixel_values and image_grid_thw go together, but pixel_values is missing"):
         CompressedOmni(thinker)(**batch)
+
+
+@pytest.mark.parametrize("compressor", ["none", "ward"])
+def test_a_static_cache_gives_the_same_answers(thinker, compressor):
+    """Also when it is used again, for a shorter prompt, and for another number of them."""
+    method = build(compressor, keep_ratio=1.0 if compressor == "none" else 0.5, hidden_size=32)
+    model = CompressedOmni(thinker, method).eval()
+    prompts = []
+    for frames in ([120], [90], [60, 200]):
+        b = Batch()
+        for n in frames:
+            b.add(b.text(3), b.audio(n), b.text(2))
+        prompts.append(b.build("left"))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6}
+    want = [model.generate(**prompt, **options) for prompt in prompts]
+    model.static_cache = True
+    caches = set()
+    for prompt, answer in zip(prompts, want, strict=True):
+        assert torch.equal(model.generate(**prompt, **options), answer)
+        caches.add(model._cache)
+    assert len(caches) == 2
