@@ -24,10 +24,19 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from audiopress.benchmarks.environment import environment
-from audiopress.kernels import adjacent_cosine, attention_received, segment_merge, top_k, ward_greedy
+from audiopress.kernels import (
+    adjacent_cosine,
+    attention_received,
+    farthest_first,
+    greedy_map,
+    segment_merge,
+    top_k,
+    ward_greedy,
+)
 from audiopress.kernels.packed import bounds
 from audiopress.kernels.varlen import varlen_attention
 
+OPS = ("adjacent_cosine", "segment_merge", "top_k", "ward_greedy", "farthest_first", "greedy_map", "attention_received")
 BACKENDS = ("eager", "compile", "triton", "copy", "flash")
 ENCODER = (16 * (12844,), 1280)  # states of 16 clips of 256.89 s in the audio tower
 STREAM = ((6422,), 3584)  # one clip's tokens before Qwen2.5-Omni-7B's LLM
@@ -116,6 +125,18 @@ def ward_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
     )
 
 
+def choice_cell(choose: Callable[..., Tensor], lengths: tuple[int, ...], width: int, keep: int) -> Cell:
+    """Gives the cell of greedily choosing one in `keep` of each clip's tokens, by their cosines and even quality."""
+    x = torch.randn(sum(lengths), width, device="cuda", dtype=torch.bfloat16)
+    tokens = (x,) if choose is farthest_first else (torch.ones(len(x), device="cuda"), x)
+    budget = [n // keep for n in lengths]
+    return Cell(
+        op=choose.__name__,
+        shape=f"{len(lengths)} x {lengths[0]:,} x {width:,} to 1/{keep}",
+        run=lambda backend: choose(*tokens, lengths, budget, backend),
+    )
+
+
 def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: int) -> Cell:
     """Gives the cell of attention received: bidirectional in many blocks, causal in a single one."""
     n, scale, causal = sum(lengths), 1 / math.sqrt(size), len(lengths) == 1
@@ -146,6 +167,8 @@ CELLS: list[Callable[[], Cell]] = [
     partial(top_k_cell, STREAM[0], 4),
     partial(ward_cell, *STREAM, 4),
     partial(ward_cell, BLOCKS[0], ENCODER[1], 2),
+    partial(choice_cell, farthest_first, *STREAM, 4),
+    partial(choice_cell, greedy_map, *STREAM, 4),
     partial(attention_cell, *BLOCKS),
     partial(attention_cell, *PREFILL),
 ]
@@ -199,9 +222,7 @@ def measure(cell: Cell, backend: str, backward: bool, milliseconds: int) -> dict
 def main() -> None:
     """Prints a table, and writes one JSON line per cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--ops", nargs="+", default=["adjacent_cosine", "segment_merge", "top_k", "ward_greedy", "attention_received"]
-    )
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--milliseconds", type=int, default=100, help="of measuring per cell")
     parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
