@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
-_TAKES_SCALE = varlen_attn is not None and "scale" in inspect.signature(varlen_attn).parameters
+_kernel: Any = varlen_attn  # its signature grows from release to release
+_TAKES_SCALE = "scale" in inspect.signature(_kernel).parameters
 HALF = (torch.float16, torch.bfloat16)
 HEAD_MULTIPLE = 8  # of the head size, which fast attention kernels ask for
 
 
 def can_use_varlen(query: Tensor) -> bool:
     """Tells whether `varlen_attention` takes these queries: on a GPU, in half precision, with a fitting head size."""
-    return query.is_cuda and query.dtype in HALF and query.shape[-1] % HEAD_MULTIPLE == 0 and varlen_attn is not None
+    return query.is_cuda and query.dtype in HALF and query.shape[-1] % HEAD_MULTIPLE == 0
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
@@ -38,6 +36,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
     """
     blocks = (bounds, bounds, longest, longest)
     if _TAKES_SCALE:
-        return varlen_attn(query, key, value, *blocks, scale=scale)
+        mixed: Tensor = _kernel(query, key, value, *blocks, scale=scale)
+        return mixed
     # The oldest form has a fixed scale of 1/sqrt(d): the queries carry the difference.
-    return varlen_attn(query * (scale * query.shape[-1] ** 0.5), key, value, *blocks)
+    mixed = _kernel(query * (scale * query.shape[-1] ** 0.5), key, value, *blocks)
+    return mixed
