@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-_kernel: Any = varlen_attn  # its signature grows from release to release
-_TAKES_SCALE = "scale" in inspect.signature(_kernel).parameters
 HALF = (torch.float16, torch.bfloat16)
 HEAD_MULTIPLE = 8  # of the head size, which fast attention kernels ask for
 
@@ -34,10 +29,5 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
     Returns:
         `[N, H, d]`.
     """
-    blocks = (bounds, bounds, longest, longest)
-    if _TAKES_SCALE:
-        mixed: Tensor = _kernel(query, key, value, *blocks, scale=scale)
-        return mixed
-    # The oldest form has a fixed scale of 1/sqrt(d): the queries carry the difference.
-    mixed = _kernel(query * (scale * query.shape[-1] ** 0.5), key, value, *blocks)
+    mixed: Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale)  # type: ignore[assignment]
     return mixed
