@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import subprocess
@@ -15,29 +16,80 @@ from typing import Any
 
 import torch
 
+ENERGY_MS = 2000  # over which joules are counted: the driver adds to its counter every 0.1 s or so (a guess)
 
-def timed(run: Callable[[], Any], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Gives the milliseconds of a call: median, 20th and 80th percentile of `repeats` after one to warm up."""
 
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def timed(run: Callable[[], Any], repeats: int, device: torch.device, warm_ups: int = 1) -> dict[str, Any]:
+    """Gives the milliseconds of a call: median, 20th and 80th percentile of `repeats`, and all that it took to warm up.
 
+    Args:
+        run: what is timed.
+        repeats: how often.
+        device: that is waited for.
+        warm_ups: calls before.
+    """
     samples = []
-    for _ in range(repeats + 1):
-        finish()
+    for _ in range(warm_ups + repeats):
+        finish(device)
         started = time.perf_counter()
         run()
-        finish()
+        finish(device)
         samples.append(1e3 * (time.perf_counter() - started))
-    kept = sorted(samples[1:])
+    kept = sorted(samples[warm_ups:])
     return {
         "median": statistics.median(kept),
         "p20": kept[round(0.2 * (len(kept) - 1))],
         "p80": kept[round(0.8 * (len(kept) - 1))],
         "n": len(kept),
-        "first": samples[0],
+        "warm_up": sum(samples[:warm_ups]),
     }
+
+
+def finish(device: torch.device) -> None:
+    """Waits for a GPU to end what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_and_energy(run: Callable[[], Any], milliseconds: float, device: torch.device) -> dict[str, Any]:
+    """Gives the most bytes held in a call on a GPU, and the joules it takes where driver and pynvml tell.
+
+    Args:
+        run: the call, warmed up.
+        milliseconds: that it takes; the joules are the mean of as many as fill `ENERGY_MS`.
+        device: nothing is told of a CPU.
+    """
+    if device.type != "cuda":
+        return {}
+    finish(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    held, before = torch.cuda.memory_allocated(device), joules(device)
+    times = 1 if before is None else math.ceil(ENERGY_MS / milliseconds)
+    for _ in range(times):
+        run()
+    finish(device)
+    after = joules(device)
+    return {
+        "held_before": held,
+        "peak_allocated": torch.cuda.max_memory_allocated(device),
+        "peak_reserved": torch.cuda.max_memory_reserved(device),
+        "joules": None if before is None or after is None else (after - before) / times,
+    }
+
+
+def joules(device: torch.device) -> float | None:
+    """Gives what a GPU has used since its driver was loaded; None where pynvml or the driver does not tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    except pynvml.NVMLError:
+        return None
 
 
 def peak_memory(device: torch.device) -> int:
@@ -49,8 +101,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Gives time, commit, versions and machine."""
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Gives time, commit, versions and machine.
+
+    Args:
+        device: that is measured on.
+        commit: of the code, where it is not in a checkout.
+    """
     root = Path(__file__).parents[1]
 
     def git(*command: str) -> str:
@@ -60,12 +117,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "schema": 1,
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit or git("rev-parse", "HEAD") or None,
+        "dirty": commit is None and bool(git("status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "driver": _driver() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         **{name: _version(name) for name in ("torch", "transformers", "peft", "triton")},
     }
+
+
+def _driver() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines[0] if lines else None
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,149 @@
+"""Tables in Markdown of the rows that the benchmarks of speed leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from audiopress.benchmarks.cells import TRANSFORMERS
+from audiopress.benchmarks.random_model import ANSWER, FRAMES, LLM
+
+Row = dict[str, Any]
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Gives a table; a line that is too short is filled up with empty cells."""
+    full = [head, ["---"] * len(head), *([*line, *[""] * (len(head) - len(line))] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in full)
+
+
+def setting(row: Row) -> tuple[Any, ...]:
+    """Gives what the cells of one table have in common."""
+    return row["model"], row["seconds"], row["batch"], row["video"]
+
+
+def by_setting(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Gives the rows of every table, those of the most cells first."""
+    groups = [(key, list(group)) for key, group in groupby(sorted(rows, key=setting), setting)]
+    return dict(sorted(groups, key=lambda item: -len(item[1])))
+
+
+def describe(key: tuple[Any, ...]) -> str:
+    """Says in words what cells have in common."""
+    model, seconds, batch, video = key
+    name = f"Qwen2.5-Omni-{model.upper()}'s shapes (random weights)" if model in LLM else model
+    seen = f" and {FRAMES} frames" if video else ""
+    clips = f", {batch} clips at once" if batch > 1 else ""
+    return f"{name}, {seconds:g} s of sound{seen}{clips}"
+
+
+def label(row: Row) -> str:
+    """Gives a method's name as a table has it."""
+    names = {TRANSFORMERS: "transformers, as it comes", "none": "ours, uncompressed"}
+    return names.get(row["method"], f"`{row['method']}`")
+
+
+def end_to_end(rows: Sequence[Row]) -> str:
+    """Gives a table for every clip: where the time of an answer goes, in ms, and how much less than transformers'."""
+    return "\n\n".join(f"{describe(key)}:\n\n{_end_to_end(group)}" for key, group in by_setting(rows).items())
+
+
+def _end_to_end(rows: Sequence[Row]) -> str:
+    head = ["", "audio", "video", "audio tower", "vision tower", "compressor", "prefill", "first token"]
+    head += [f"{ANSWER} tokens", "ms/token", "GB at most", "KV cache, MB"]
+    energy = any(row.get("joules") for row in rows)
+    head += ["J"] * energy
+    base = _baseline(rows)
+    compiled = any(row["compile"] for row in rows)
+    lines = []
+    for row in _ordered(rows):
+        name = label(row)
+        if compiled and not row["compile"] and row["method"] != TRANSFORMERS:
+            name += ", not compiled"
+        if row["status"] != "ok":
+            lines.append([name, _failure(row)])
+            continue
+        times = [f"{row[c]['median']:.1f}" if c in row else "" for c in ("audio_tower", "vision_tower", "compressor")]
+        folds = [_fold(row, base, lambda r, c=c: r[c]["median"]) for c in ("first_token", "answer")]
+        line = [name, *_tokens(row), *times, f"{row['prefill']['median']:.1f}", *folds, f"{row['ms_per_token']:.1f}"]
+        line += [_gigabytes(row), f"{row['kv_bytes'] / 1e6:,.0f}"]
+        lines.append([*line, *[f"{row['joules']:.0f}" if row.get("joules") else ""] * energy])
+    return markdown(head, lines)
+
+
+def training(rows: Sequence[Row]) -> str:
+    """Gives a table for every clip: a training step's time, and memory, against transformers'."""
+    return "\n\n".join(f"{describe(key)}:\n\n{_training(group)}" for key, group in by_setting(rows).items())
+
+
+def _training(rows: Sequence[Row]) -> str:
+    head = ["", "audio", "video", "ms per step", "samples/s", "GB at most"]
+    base, lines = _baseline(rows), []
+    for row in _ordered(rows):
+        if row["status"] != "ok":
+            lines.append([label(row), _failure(row)])
+            continue
+        rate = _fold(row, base, lambda r: 1 / r["samples_per_second"], lambda r: f"{r['samples_per_second']:.2f}")
+        lines.append([label(row), *_tokens(row), f"{row['step']['median']:,.0f}", rate, _gigabytes(row, base)])
+    return markdown(head, lines)
+
+
+def kernels(rows: Sequence[Row]) -> str:
+    """Gives the table of the kernels: ms of every back end, and the fast one against the others."""
+    names = ("eager", "compile", "triton")
+    head = ["operation", "shape", "pass", *(f"{name}, ms" for name in names), "copy or flash, ms"]
+    head += ["× eager", "× compile", "of a copy's bandwidth"]
+    lines = []
+    for (op, shape, direction), times in kernel_times(rows).items():
+        cells = [f"{times[name]:.3f}" if name in times else "" for name in names]
+        bound = times.get("copy", times.get("flash"))
+        line = [op, shape, direction, *cells, f"{bound:.3f}" if bound else ""]
+        if "triton" in times:
+            line += [f"{times[n] / times['triton']:.1f}" if n in times else "" for n in names[:2]]
+            line += [f"{100 * times['copy'] / times['triton']:.0f} %"] if "copy" in times else []
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def kernel_times(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, float]]:
+    """Gives the median ms of each back end, by operation, shape and pass, where it did not fail."""
+    times: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        cell = times.setdefault((row["op"], row["shape"], row["pass"]), {})
+        if row["status"] == "ok":
+            cell[row["backend"]] = row["ms"]["median"]
+    return times
+
+
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    """Puts the uncompressed models first, and the ratios of a method under one another; otherwise as measured."""
+    order = list(dict.fromkeys([TRANSFORMERS, "none", *(row["method"] for row in rows)]))
+    return sorted(rows, key=lambda row: (order.index(row["method"]), -(row["keep_ratio"] or 0)))
+
+
+def _baseline(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if row["method"] == TRANSFORMERS and row["status"] == "ok"), None)
+
+
+def _tokens(row: Row) -> list[str]:
+    """Gives the audio and the video tokens that the LLM reads, with their share."""
+    counts = ((row["tokens"][kind], row["kept"].get(kind)) for kind in ("audio", "video"))
+    return ["" if share is None else f"{after:,} ({100 * share:.3g} %)" for (_, after), share in counts]
+
+
+def _fold(row: Row, base: Row | None, value: Callable[[Row], float], text: Callable[[Row], str] | None = None) -> str:
+    """Gives a number, and how many times better than transformers' it is."""
+    shown = text(row) if text else f"{value(row):,.0f}"
+    return shown if base is None or row is base else f"{shown} ({value(base) / value(row):.1f}×)"
+
+
+def _gigabytes(row: Row, base: Row | None = None) -> str:
+    if "peak_allocated" not in row:
+        return ""
+    share = "" if base in (None, row) else f" ({100 * row['peak_allocated'] / base['peak_allocated']:.0f} %)"
+    return f"{row['peak_allocated'] / 1e9:.1f}{share}"
+
+
+def _failure(row: Row) -> str:
+    return "out of memory" if row["status"] == "oom" else f"failed: {row['message'][:60]}"
