@@ -115,9 +115,9 @@ def join_values(metric: Tensor, lengths: Sequence[int], window: int) -> Tensor:
 def _cosines_back(metric: Tensor, lengths: Sequence[int], window: int) -> Tensor:
     """Gives the cosine of each token with those 1 to `window` before it, `[N, window]`; -inf outside its clip."""
     unit = functional.normalize(metric.float(), dim=1)
-    lags = torch.arange(1, window + 1, device=metric.device)
-    cosines = [functional.pad((unit[lag:] * unit[:-lag]).sum(dim=1), (min(lag, len(unit)), 0)) for lag in lags.tolist()]
-    outside = positions(lengths, metric.device)[:, None] < lags
+    lags = range(1, window + 1)
+    cosines = [functional.pad((unit[lag:] * unit[:-lag]).sum(dim=1), (min(lag, len(unit)), 0)) for lag in lags]
+    outside = positions(lengths, metric.device)[:, None] < torch.arange(1, window + 1, device=metric.device)
     return torch.stack(cosines, dim=1).masked_fill(outside, -torch.inf)
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..kernels import clip_ids, evenly, offsets
+from ..kernels import clip_ids, evenly, offsets, upload
 from .base import Compressor, CompressorConfig, Context, Sizes
 from .registry import register
 from .scenes import modalities, read_scene
@@ -76,7 +76,7 @@ class Random(Compressor):
         ]
         inside = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *kept]))
         index = offsets(stream.lengths)[clip_ids(budget)] + inside
-        return stream.select(index.to(stream.embeds.device), budget)
+        return stream.select(upload(index, stream.embeds.device), budget)
 
 
 @register("uniform-stride")
@@ -89,7 +89,7 @@ class UniformStride(Compressor):
     def compress(self, stream: TokenStream, context: Context) -> TokenStream:
         """Selects."""
         budget = self.budget(stream.lengths)
-        return stream.select(evenly(stream.lengths, budget).to(stream.embeds.device), budget)
+        return stream.select(upload(evenly(stream.lengths, budget), stream.embeds.device), budget)
 
 
 @register("keep-all-audio")
@@ -121,5 +121,5 @@ class KeepAllAudio(Compressor):
                 self.name,
                 self.config.keep_ratio,
             )
-        kept = [audio[evenly(heard, of_audio).to(audio.device)], video[evenly(seen, of_video).to(video.device)]]
-        return stream.select(torch.cat(kept).sort().values, totals)
+        kept = torch.cat([audio[evenly(heard, of_audio)], video[evenly(seen, of_video)]]).sort().values
+        return stream.select(upload(kept, stream.embeds.device), totals)

@@ -11,9 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from ..kernels import positions, segment_centres, unfold
+from ..kernels import pad_clips, positions, segment_centres, unfold, unpad_clips
 from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag, check_number
 from .budget import window_budget
 from .frames import FrameCompressor, FrameConfig, fixed_windows
@@ -128,13 +127,11 @@ class ClipTransformer(nn.Module):
         place = sinusoids(positions(lengths, x.device), x.shape[1])
         x = self.dropout(x * math.sqrt(x.shape[1]) + place.to(x.dtype))
         # Padding lives in here only; empty clips stay out, whose attention would have no key.
-        clips = [clip for clip in x.split(lengths) if len(clip)]
-        if not clips:
+        counts = [n for n in lengths if n]
+        if not counts:
             return x
-        counts = torch.tensor([len(clip) for clip in clips], device=x.device)
-        padded = pad_sequence(clips, batch_first=True)  # [C, T, D]
-        padding = torch.arange(padded.shape[1], device=x.device) >= counts[:, None]  # [C, T]
-        return self.layers(padded, src_key_padding_mask=padding)[~padding]
+        padded, real = pad_clips(x, counts)  # [C, T, D], [C, T]
+        return unpad_clips(self.layers(padded, src_key_padding_mask=~real), counts)
 
 
 @register("conv")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kernels import clip_ids, upload
 from .base import LLMShape
 
 
@@ -28,13 +29,13 @@ class CS2(nn.Module):
         self.rope_sections = rope_sections
         self.layers = nn.ModuleList(Layer(hidden_size, shape) for _ in range(layers))
 
-    def forward(self, embeds: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, real: Tensor | None = None) -> Tensor:
         """Lets every real token of a sample read all others of it.
 
         Args:
             embeds: `[B, L, D]`, in any order.
             positions: `[3, B, L]` int64, time, height and width.
-            real: `[B, L]` bool, False at padding.
+            real: `[B, L]` bool, False at padding; None if there is no padding.
 
         Returns:
             `[B, L, D]`, of no meaning at padding.
@@ -42,7 +43,7 @@ class CS2(nn.Module):
         angles = rotary_angles(positions, self.shape, self.rope_sections)[:, None]  # [B, 1, L, head size]
         cos, sin = angles.cos().to(embeds.dtype), angles.sin().to(embeds.dtype)
         # Without a mask flash attention can be used. A sample of padding alone reads the padding, to stay finite.
-        mask = None if real.all() else (real | ~real.any(dim=1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
+        mask = None if real is None else (real | ~real.any(dim=1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
         for layer in self.layers:
             embeds = layer(embeds, cos, sin, mask)
         return embeds
@@ -118,8 +119,8 @@ def rotary_angles(positions: Tensor, shape: LLMShape, sections: tuple[int, ...])
         `[..., head_size]`.
     """
     place = torch.arange(0, shape.head_size, 2, device=positions.device) / shape.head_size
-    axes = torch.arange(len(sections)).repeat_interleave(torch.tensor(sections)) % 3
-    angles = positions[axes.to(positions.device)].movedim(0, -1) * shape.rope_theta**-place
+    axes = upload(clip_ids(sections) % 3, positions.device)
+    angles = positions[axes].movedim(0, -1) * shape.rope_theta**-place
     return torch.cat((angles, angles), dim=-1)
 
 

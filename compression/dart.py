@@ -89,14 +89,14 @@ class DART(Compressor):
             index = top_k(_norms(question), question.lengths, words)
             groups.append((functional.normalize(question.embeds[index].float(), dim=1), words))
 
-        kept = torch.zeros_like(stream.slots, dtype=torch.bool)
-        kept[pivots] = True
+        kept = torch.zeros_like(stream.slots, dtype=torch.bool).index_fill_(0, pivots, True)
         rest = [m - p for m, p in zip(budget, own, strict=True)]
+        clips = stream.clips
         for pivot, quota in _turns(groups, rest):
             # not a matrix product, which autocast would take in bf16, and where copies of a token differ by rounding
-            likeness = (unit * pivot[stream.clips]).sum(dim=1)
-            kept[top_k((-likeness).masked_fill(kept, -torch.inf), stream.lengths, quota)] = True
-        return kept.nonzero()[:, 0]
+            likeness = (unit * pivot[clips]).sum(dim=1)
+            kept.index_fill_(0, top_k((-likeness).masked_fill(kept, -torch.inf), stream.lengths, quota), True)
+        return kept.nonzero_static(size=sum(budget)).squeeze(1)
 
 
 def _norms(stream: TokenStream) -> Tensor:

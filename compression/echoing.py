@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels import pad_clips, segment_softmax, top_k
+from ..kernels import clip_ids, pad_clips, segment_softmax, top_k, unpad_clips, upload
 from .base import (
     Compressor,
     CompressorConfig,
@@ -148,15 +148,16 @@ class Echoing(Compressor):
         scene = read_scene(stream, context, self.name)
         hidden, prompt = self.contextualise(stream, scene, self.read_prompt(stream, context))
         pools, budget = self.pools(stream, scene)
+        counts, order = (upload(x, hidden.device) for x in (pools.counts, pools.order))
         # not a matrix product, which autocast would take in bf16
         scores = (self.scorer(hidden).float() * self.score.weight.float()).sum(dim=1)
-        logits = scores[pools.order]  # pool by pool
+        logits = scores[order]  # pool by pool
         if self.config.gumbel and self.training:
             logits = logits - torch.empty_like(logits).exponential_().log()
-        soft = segment_softmax(logits / self.config.temperature, pools.counts)
+        soft = segment_softmax(logits / self.config.temperature, counts)
         picks = top_k(logits.detach(), pools.counts.tolist(), budget)
-        index, order = pools.order[picks].sort()
-        gate = (1 + (soft - soft.detach()))[picks[order]]  # exactly 1
+        index, rank = order[picks].sort()
+        gate = (1 + (soft - soft.detach()))[picks[rank]]  # exactly 1
         kept = stream.select(index, self.budget(stream.lengths))
         return kept.replace(embeds=hidden[index] * gate[:, None], prompt=prompt)
 
@@ -182,28 +183,32 @@ class Echoing(Compressor):
         """
         if not len(stream.embeds):
             return stream.embeds, prompt.stream.embeds
-        text, read = pad_clips(prompt.stream.embeds.to(stream.embeds.dtype), prompt.stream.lengths)
+        prompts, device = prompt.stream, stream.embeds.device
+        text, read = pad_clips(prompts.embeds.to(stream.embeds.dtype), prompts.lengths)
         media, real = pad_clips(stream.embeds, stream.lengths)
         places = [
-            pad_clips(prompt.positions.T, prompt.stream.lengths)[0],
-            pad_clips(scene.positions.T, stream.lengths)[0],
+            pad_clips(prompt.positions.T, prompts.lengths)[0],
+            pad_clips(upload(scene.positions.T, device), stream.lengths)[0],
         ]
         positions = torch.cat(places, dim=1).movedim(-1, 0)  # [3, B, L]
-        hidden = self.cs2(torch.cat([text, media], dim=1), positions, torch.cat([read, real], dim=1))
+        whole = len({*prompts.lengths}) == len({*stream.lengths}) == 1
+        hidden = self.cs2(torch.cat([text, media], dim=1), positions, None if whole else torch.cat([read, real], dim=1))
         text, media = hidden.split([read.shape[1], real.shape[1]], dim=1)
-        text = torch.where(real.any(dim=1)[prompt.stream.clips, None], text[read], prompt.stream.embeds)
-        return media[real], text.to(prompt.stream.embeds.dtype)
+        heard = torch.tensor(stream.lengths)[clip_ids(prompts.lengths)] > 0  # samples of text alone stay as they are
+        text = torch.where(upload(heard, device)[:, None] > 0, unpad_clips(text, prompts.lengths), prompts.embeds)
+        return unpad_clips(media, stream.lengths), text.to(prompts.embeds.dtype)
 
     def pools(self, stream: TokenStream, scene: Scene) -> tuple[Groups, tuple[int, ...]]:
         """Gives who competes with whom, and how many of each pool stay."""
         totals = self.budget(stream.lengths)
         if self.config.budget == "single-pool":
-            return Groups.of(stream.clips), tuple(total for total in totals if total)
+            return Groups.of(clip_ids(stream.lengths)), tuple(total for total in totals if total)
         audio, video = modalities(stream, scene)[1::2]
         split = split_budget(audio, video, totals, (self.config.audio_weight, 1))
         span = elapsed(stream, scene) // (POSITIONS_PER_SECOND * self.config.window_seconds)  # [N]
-        pools = Groups.of(stream.clips, scene.is_video.long(), span)
-        kind = 2 * stream.clips + scene.is_video
+        clips = clip_ids(stream.lengths)
+        pools = Groups.of(clips, scene.is_video.long(), span)
+        kind = 2 * clips + scene.is_video
         per_kind = per_group(kind[pools.firsts], 2 * len(totals)).tolist()
         dealt = [count for both in zip(*split, strict=True) for count in both]  # a sample's audio, then its video
         return pools, largest_remainder(pools.counts, pools.counts, per_kind, dealt)

@@ -77,7 +77,7 @@ class FastLongSpeech(MergeCompressor):
         while merged.lengths != budget:
             targets = [n // 2 if n > 2 * m else m for n, m in zip(merged.lengths, budget, strict=True)]
             counts = merge_chains(merged.similarity(), merged.lengths, excess(merged.lengths, targets))
-            merged = merged.merge(counts, self._weights(merged))
+            merged = merged.merge(counts, self._weights(merged), targets)
         return self.finish(stream, merged)
 
     def _weights(self, merged: Merged) -> Tensor:

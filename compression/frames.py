@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels import clip_ids, positions
+from ..kernels import clip_ids, positions, upload
 from .base import Compressor, CompressorConfig, Context, Sizes, check_choice, check_finite
 from .budget import check_keep_ratio
 from .stream import TokenStream
@@ -143,13 +143,13 @@ def fixed_windows(frames: TokenStream, windows: Sequence[int], window: int) -> t
     """
     frames = frames.head([min(n, m * window) for n, m in zip(frames.lengths, windows, strict=True)])
     left = _repeat(frames.lengths, windows) - positions(windows) * window
-    return frames, left.clamp(max=window).to(frames.slots.device)
+    return frames, upload(left.clamp(max=window), frames.slots.device)
 
 
 def even_windows(frames: TokenStream, windows: Sequence[int]) -> Tensor:
     """Gives the frames in each window, `[M]` int64: window i of a clip's m ends before its frame `(i + 1) * n // m`."""
     n, m, i = _repeat(frames.lengths, windows), _repeat(windows, windows), positions(windows)
-    return ((i + 1) * n // m - i * n // m).to(frames.slots.device)
+    return upload((i + 1) * n // m - i * n // m, frames.slots.device)
 
 
 def _repeat(per_clip: Sequence[int], counts: Sequence[int]) -> Tensor:

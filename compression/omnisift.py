@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import pad_clips, segment_mean, top_k
+from ..kernels import clip_ids, pad_clips, segment_mean, top_k, unpad_clips, upload
 from .base import Compressor, CompressorConfig, Context, Scene, Sizes, check_count
 from .budget import largest_remainder
 from .registry import register
@@ -101,13 +101,21 @@ class OmniSIFT(Compressor):
         scene, totals = read_scene(stream, context, self.name), self.budget(stream.lengths)
         audio, audio_counts, _, video_counts = modalities(stream, scene)
         audio_budget, video_budget = split_budget(audio_counts, video_counts, totals, self.config.kept)
-        frames, clips = Frames.of(scene, stream.clips), stream.clips
-        video = select_video(stream, scene, frames, video_budget)
+        clips, device = clip_ids(stream.lengths), stream.embeds.device
+        frames = Frames.of(scene, clips)
         spans = find_spans(stream, scene, frames)
-        audio, video = (rows[spans.ids[rows].argsort(stable=True)] for rows in (audio, video))  # span by span
-        counts, answers = (torch.bincount(spans.ids[rows], minlength=len(spans.counts)) for rows in (audio, video))
+        counts = per_group(spans.ids[audio], len(spans.counts))
+        audio = upload(audio[spans.ids[audio].argsort(stable=True)], device)  # span by span
 
-        logits = self.score(stream.embeds[audio], counts, stream.embeds[video], answers)
+        per_clip = per_group(clips[frames.heads], len(totals)).tolist()
+        dealt = largest_remainder(frames.counts, frames.counts, per_clip, video_budget)
+        video = select_video(stream, scene, frames, dealt)
+        # How many of each frame stay says how many of each span do, and in which order they are span by span.
+        span = spans.ids[frames.heads].repeat_interleave(torch.tensor(dealt, dtype=torch.long))
+        by_span = video[upload(span.argsort(stable=True), device)]
+        answers = per_group(span, len(spans.counts))
+        logits = self.score(stream.embeds[audio], counts.tolist(), stream.embeds[by_span], answers.tolist())
+
         per_clip = per_group(clips[spans.firsts], len(totals)).tolist()
         dealt = largest_remainder(counts, counts, per_clip, audio_budget)
         picks = top_k(logits.detach(), counts.tolist(), dealt)
@@ -116,27 +124,30 @@ class OmniSIFT(Compressor):
         embeds = stream.embeds.index_copy(0, audio, stream.embeds[audio] * gate[:, None])
         return stream.replace(embeds=embeds).select(torch.cat([audio, video]).sort().values, totals)
 
-    def score(self, audio: Tensor, counts: Tensor, video: Tensor, answers: Tensor) -> Tensor:
+    def score(self, audio: Tensor, counts: Sequence[int], video: Tensor, answers: Sequence[int]) -> Tensor:
         """Scores audio tokens by the video tokens of their span.
 
         Args:
             audio: `[A, D]`, span by span.
-            counts: `[S]` int64, audio tokens per span.
+            counts: audio tokens per span, S numbers that sum to A.
             video: `[V, D]`, what is kept of it, span by span.
-            answers: `[S]` int64, video tokens per span.
+            answers: video tokens per span, S numbers that sum to V.
 
         Returns:
             `[A]` float32, before the sigmoid.
         """
         queries, keys = self.project_audio(audio), self.project_video(video)
         attended = torch.zeros_like(queries)
-        meet = (counts > 0) & (answers > 0)
-        asking, answering = meet.repeat_interleave(counts), meet.repeat_interleave(answers)
-        if bool(meet.any()):
-            query, asked = pad_clips(queries[asking], counts[meet].tolist())
-            key, real = pad_clips(keys[answering], answers[meet].tolist())
+        meet = [a > 0 and v > 0 for a, v in zip(counts, answers, strict=True)]
+        if any(meet):
+            asking, answering = (
+                upload(torch.tensor(meet)[clip_ids(x)].nonzero().squeeze(1), queries.device) for x in (counts, answers)
+            )
+            asked, answered = ([n for n, both in zip(x, meet, strict=True) if both] for x in (counts, answers))
+            query, _ = pad_clips(queries[asking], asked)
+            key, real = pad_clips(keys[answering], answered)
             found, _ = self.attention(query, key, key, key_padding_mask=~real, need_weights=False)
-            attended[asking] = found[asked].to(attended.dtype)
+            attended = attended.index_copy(0, asking, unpad_clips(found, asked).to(attended.dtype))
         found = self.head(self.norm(queries + attended)).float()
         # not a matrix product, which autocast would take in bf16, where many scores are equal
         return (found * self.logit.weight.float()).sum(dim=1) + self.logit.bias.float()
@@ -144,24 +155,27 @@ class OmniSIFT(Compressor):
 
 @torch.no_grad()
 def select_video(stream: TokenStream, scene: Scene, frames: Frames, budget: Sequence[int]) -> Tensor:
-    """Gives the video tokens that stay: those unlike their frame's mean, or unlike the frame before, `[M]` int64."""
-    scores, first = frames.change(stream.embeds, scene), (frames.ranks % 2 == 0)[frames.ids]
-    ones = torch.ones_like(scores)
-    means = unit(segment_mean(stream.embeds[frames.tokens].float(), ones, frames.counts))
-    rows = first.nonzero().squeeze(1)
-    scores[rows] = (unit(stream.embeds[frames.tokens[rows]]) - means[frames.ids[rows]]).square().sum(dim=1)
-    per_clip = per_group(stream.clips[frames.heads], len(budget)).tolist()
-    dealt = largest_remainder(frames.counts, frames.counts, per_clip, budget)
-    return frames.tokens[top_k(scores, frames.counts.tolist(), dealt)]
+    """Gives the video tokens that stay, `budget` per frame: those unlike their frame's mean, or the frame before.
+
+    Returns:
+        `[M]` int64, frame by frame.
+    """
+    device = stream.embeds.device
+    tokens, ids, counts = (upload(x, device) for x in (frames.tokens, frames.ids, frames.counts))
+    scores, embeds = frames.change(stream.embeds, scene), stream.embeds[tokens]
+    means = unit(segment_mean(embeds.float(), torch.ones_like(scores), counts))
+    rows = upload((frames.ranks % 2 == 0)[frames.ids].nonzero().squeeze(1), device)
+    scores.index_copy_(0, rows, (unit(embeds[rows]) - means[ids[rows]]).square().sum(dim=1))
+    return tokens[top_k(scores, frames.counts.tolist(), budget)]
 
 
 def find_spans(stream: TokenStream, scene: Scene, frames: Frames) -> Groups:
-    """Groups all tokens, in time order, by the chunk of video that they are part of or sound with.
+    """Groups all tokens, in time order, by the chunk of video that they are part of or sound with; on the CPU.
 
     A chunk lasts until the next one begins; the last of a video as long as the one before, or 2 s if it is the only
     one, unless another video begins earlier. What sounds outside all chunks is grouped by spans of 2 s.
     """
-    clips, time = stream.clips, elapsed(stream, scene)
+    clips, time = clip_ids(stream.lengths), elapsed(stream, scene)
     chunks = Groups.of(frames.runs, frames.ranks // 2)
     heads, run = frames.heads[chunks.firsts], frames.runs[chunks.firsts]
     begin = time[heads]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import evenly, most_alike, pad_clips, segment_reduce, segment_softmax, top_k
+from ..kernels import clip_ids, evenly, most_alike, pad_clips, top_k, unpad_clips, upload
 from .base import Compressor, CompressorConfig, Context, Scene, check_count, check_number
 from .budget import largest_remainder
 from .reading import read_attention
@@ -29,6 +29,8 @@ from .scenes import (
     unit,
 )
 from .stream import TokenStream
+
+Rows = tuple[Tensor, Sequence[int]]  # `[R]` int64, where tokens are, clip after clip and ascending; how many per clip
 
 
 @dataclass(frozen=True)
@@ -127,84 +129,94 @@ class OmniZip(Compressor):
             for n, kept in zip(audio_counts, audio_budget, strict=True)
         ]
         dominant = [kept - a for kept, a in zip(audio_budget, anchors, strict=True)]
+        audio, video = (upload(rows, attention.device) for rows in (audio, video))
         salient = audio[top_k(attention[audio], audio_counts, dominant)]
-        rest, rest_counts = without(audio, salient), [n - s for n, s in zip(audio_counts, dominant, strict=True)]
-        anchor = rest[evenly(rest_counts, anchors).to(rest.device)]
-        kept_video = self.select_video(stream, scene, torch.cat([salient, anchor]), video_budget)
-        merged = self.merge(stream, anchor, without(rest, anchor), video)
-        return merged.select(torch.cat([salient, anchor, kept_video]).sort().values, totals)
+        rest_counts = [n - s for n, s in zip(audio_counts, dominant, strict=True)]
+        taken = torch.zeros_like(stream.slots, dtype=torch.bool).index_fill_(0, salient, True)
+        rest = audio[(~taken[audio]).nonzero_static(size=sum(rest_counts)).squeeze(1)]
 
-    def merge(self, stream: TokenStream, anchor: Tensor, pool: Tensor, video: Tensor) -> TokenStream:
+        places = evenly(rest_counts, anchors)  # of the anchors among the rest
+        anchor = rest[upload(places, rest.device)]
+        # The other tokens of clips that have anchors are merged or dropped.
+        spare = (torch.tensor(anchors) > 0)[clip_ids(rest_counts)].index_fill(0, places, False)
+        pool = rest[upload(spare.nonzero().squeeze(1), rest.device)]
+        pool_counts = [n - a if a else 0 for n, a in zip(rest_counts, anchors, strict=True)]
+        merged = self.merge(stream, (anchor, anchors), (pool, pool_counts), (video, video_counts))
+        kept_audio = torch.cat([salient, anchor])
+        kept_video = self.select_video(stream, scene, kept_audio, video_budget)
+        return merged.select(torch.cat([kept_audio, kept_video]).sort().values, totals)
+
+    def merge(self, stream: TokenStream, anchor: Rows, pool: Rows, video: Rows) -> TokenStream:
         """Merges into each anchor those tokens of the pool that are most like it, the G most related to the video.
 
         Args:
             stream: of all tokens.
-            anchor: `[A]` int64, where the anchors are.
-            pool: `[P]` int64, where the tokens to merge or drop are.
-            video: `[V]` int64, where the video tokens are.
+            anchor: where the anchors are.
+            pool: where the tokens to merge or drop are, of clips that have anchors.
+            video: where the video tokens are.
         """
-        pool = pool[torch.isin(stream.clips[pool], stream.clips[anchor])]
-        if self.config.neighbours == 0 or len(pool) == 0:
+        most, (tokens, _), (targets, _) = self.config.neighbours, pool, anchor
+        if most == 0 or len(tokens) == 0:
             return stream
-        nearest, relation = relate(stream, anchor, pool, video)
-        groups = Groups.of(nearest)
-        counts = groups.counts.clamp(max=self.config.neighbours)
-        chosen = groups.order[top_k(relation[groups.order], groups.counts.tolist(), counts.tolist())]
-        anchor, members = nearest[groups.firsts], pool[chosen]
-        weights = segment_softmax(relation[chosen], counts)
-        average = segment_reduce(weights[:, None] * stream.embeds[members].float(), "sum", counts)
-        merged = ((stream.embeds[anchor].float() + average) / 2).to(stream.embeds.dtype)
-        sizes = stream.sizes[anchor] + segment_reduce(stream.sizes[members], "sum", counts)
+        nearest, relation = relate(stream.embeds, anchor, pool, video)
+        best_first = relation.argsort(descending=True, stable=True)
+        best_first = best_first[nearest[best_first].argsort(stable=True)]  # anchor by anchor
+        counts = torch.zeros_like(targets).index_add(0, nearest, torch.ones_like(nearest))
+        rank = torch.arange(most, device=counts.device)
+        chosen = rank < counts[:, None]  # [A, G]
+        at = (counts.cumsum(0) - counts)[:, None] + rank
+        at = best_first[at.clamp(max=len(tokens) - 1)]
+        # An anchor that no token belongs to stays as it is.
+        weights = relation[at].masked_fill(~chosen, -torch.inf).softmax(dim=1).masked_fill(~chosen, 0)
+        members, own = tokens[at], stream.embeds[targets].float()
+        average = (weights[..., None] * stream.embeds[members].float()).sum(dim=1)
+        merged = torch.where(chosen[:, :1], (own + average) / 2, own).to(stream.embeds.dtype)
+        sizes = stream.sizes[targets] + (stream.sizes[members] * chosen).sum(dim=1)
         return stream.replace(
-            embeds=stream.embeds.index_copy(0, anchor, merged), sizes=stream.sizes.index_copy(0, anchor, sizes)
+            embeds=stream.embeds.index_copy(0, targets, merged), sizes=stream.sizes.index_copy(0, targets, sizes)
         )
 
     @torch.no_grad()
     def select_video(self, stream: TokenStream, scene: Scene, audio: Tensor, budget: Sequence[int]) -> Tensor:
         """Gives which video tokens stay, given the `audio` tokens that do: indices into the stream, int64."""
-        clips, config = stream.clips, self.config
+        clips, config, device = clip_ids(stream.lengths), self.config, stream.embeds.device
         length = config.window_seconds * POSITIONS_PER_SECOND
         window = torch.div(elapsed(stream, scene), length, rounding_mode="floor").long()
         windows, frames = Groups.of(clips, window), Frames.of(scene, clips, window)
         if len(frames.counts) == 0:
-            return frames.tokens
+            return upload(frames.tokens, device)
+
+        scores, first = frames.change(stream.embeds, scene), frames.ranks % 2 == 0
+        rows, counts = first[frames.ids].nonzero().squeeze(1), frames.counts[first].tolist()
+        points, real = pad_clips(unit(stream.embeds[upload(frames.tokens[rows], device)]), counts)
+        peaks = unpad_clips(density_peaks(points, real, config.density_neighbours), counts)
+        scores.index_copy_(0, upload(rows, device), peaks)
 
         def per_window(tokens: Tensor) -> Tensor:
             return per_group(windows.ids[tokens], len(windows.counts))
 
+        audio = audio.cpu()  # the one thing that budgets need to know of the choice, and wait for
         video, retention = per_window(scene.is_video), per_window(audio) / per_window(~scene.is_video)
-        of_window, frame_counts = clips[windows.firsts].cpu(), per_window(frames.heads).tolist()
+        of_window, frame_counts = clips[windows.firsts], per_window(frames.heads).tolist()
         rates = prune_rates(config, retention, video, of_window, budget)
         dealt = largest_remainder(video * (1 - rates), video, per_group(of_window, len(budget)).tolist(), budget)
         dealt = largest_remainder(frames.counts, frames.counts, frame_counts, dealt)
-
-        scores, first = frames.change(stream.embeds, scene), frames.ranks % 2 == 0
-        rows = first[frames.ids].nonzero().squeeze(1)
-        points, real = pad_clips(unit(stream.embeds[frames.tokens[rows]]), frames.counts[first].tolist())
-        scores[rows] = density_peaks(points, real, config.density_neighbours)[real]
-        return frames.tokens[top_k(scores, frames.counts.tolist(), dealt)]
-
-
-def without(rows: Tensor, taken: Tensor) -> Tensor:
-    """Gives the rows that are not taken, in order."""
-    return rows[~torch.isin(rows, taken)]
+        return upload(frames.tokens, device)[top_k(scores, frames.counts.tolist(), dealt)]
 
 
 @torch.no_grad()
-def relate(stream: TokenStream, anchor: Tensor, pool: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+def relate(embeds: Tensor, anchor: Rows, pool: Rows, video: Rows) -> tuple[Tensor, Tensor]:
     """Gives for every token of the pool the most similar anchor of its clip, and its relation to the video.
 
     The relation is the greatest cosine to a video token of the clip; without video, the cosine to the anchor.
 
     Returns:
-        `[P]` int64, where in the stream that anchor is, and `[P]` float32.
+        `[P]` int64, which of the anchors, and `[P]` float32.
     """
-    counts, anchors, frames = (
-        per_group(stream.clips[rows], len(stream.lengths)).tolist() for rows in (pool, anchor, video)
-    )
-    nearest, own = most_alike(stream.embeds, pool, counts, anchor, anchors)
-    _, relation = most_alike(stream.embeds, pool, counts, video, frames)
-    return nearest, torch.where(relation.isinf(), own, relation)
+    nearest, likeness = most_alike(embeds, *pool, *anchor)
+    _, relation = most_alike(embeds, *pool, *video)
+    number = torch.searchsorted(anchor[0], nearest)
+    return number, torch.where(relation == -torch.inf, likeness, relation)
 
 
 def prune_rates(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import clip_ids, positions, segment_mean
+from ..kernels import clip_ids, positions, segment_mean, upload
 from .base import Context, check_finite
 from .frames import even_windows
 from .stream import TokenStream
@@ -55,7 +55,7 @@ def shown_pictures(
     key = clip_ids(video.lengths) * span + step - low
     order = key.argsort(stable=True)
     keys, counts = key[order].unique_consecutive(return_counts=True)  # [G]
-    pictures = TokenStream(video.embeds[order.to(video.embeds.device)], counts.tolist())
+    pictures = TokenStream(video.embeds[upload(order, video.embeds.device)], counts.tolist())
     kept = [min(n, size) for n in pictures.lengths]
     embeds = segment_mean(pictures.embeds, pictures.sizes, even_windows(pictures, kept))
 
@@ -63,4 +63,4 @@ def shown_pictures(
     latest = torch.searchsorted(keys, clips * span + positions(steps) - low, right=True) - 1
     mine = keys.div(span, rounding_mode="floor")  # the clip of each picture
     shown = torch.where((latest >= 0) & (torch.cat((mine, mine.new_full((1,), -1)))[latest] == clips), latest, -1)
-    return TokenStream(embeds, tuple(kept)), shown.to(video.embeds.device)
+    return TokenStream(embeds, tuple(kept)), upload(shown, video.embeds.device)

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import clip_ids, offsets, positions, segment_reduce, unfold
+from ..kernels import clip_ids, offsets, positions, segment_reduce, unfold, upload
 from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag, check_number
 from .budget import check_keep_ratio
 from .conv import PackedConv1d
@@ -310,9 +310,9 @@ class QFormer(FrameCompressor):
         vectors, real, steps = self.lay_out(frames, context)
         outputs, alike = [], []
         for level, counts in enumerate(used):
-            mask = _first(counts, len(self.queries[level])).to(vectors.device)  # [W, q]
+            mask = _first(counts, len(self.queries[level]), vectors.device)  # [W, q]
             output = self.read(vectors, real, steps, level, mask)  # [W, q, width]
-            outputs.append(output[mask])  # [M, width]
+            outputs.append(output.flatten(0, 1)[mask.flatten().nonzero_static(size=int(counts.sum()))[:, 0]])
             if level or len(used) == 1:
                 alike.append(mean_cosine(output, mask))
         slots, sizes = self.place(stream, frames, windows, held, used[0])
@@ -336,7 +336,7 @@ class QFormer(FrameCompressor):
             pictures, shown = shown_pictures(video, seconds, steps, step_seconds, self.config.picture_size)
             drawn = self.embed_picture(pictures.embeds.to(frames.embeds.dtype))
             drawn = unfold(drawn, pictures.lengths, places, 1, [1] * len(pictures.lengths))  # [G, P, width]
-            inked = _first(torch.tensor(pictures.lengths, dtype=torch.long), places).to(real.device)
+            inked = _first(torch.tensor(pictures.lengths, dtype=torch.long), places, real.device)
             # The row of zeros at the end is what a step without a picture, -1, shows.
             drawn, inked = functional.pad(drawn, (0, 0, 0, 0, 0, 1)), functional.pad(inked, (0, 0, 0, 1))
             vectors = torch.cat((functional.pad(vectors, (0, 0, 0, places - step)), drawn[shown]), dim=-1)
@@ -369,13 +369,13 @@ class QFormer(FrameCompressor):
         token = (2 * start * q + (2 * i + 1) * held) // (2 * q * self.frames_per_token)
         index = offsets(stream.lengths)[clip_ids(windows)[window]] + token
         shares = (i + 1) * held // q - i * held // q
-        sizes = segment_reduce(frames.sizes, "sum", shares.to(frames.sizes.device))
-        return stream.slots[index.to(stream.slots.device)], sizes
+        sizes = segment_reduce(frames.sizes, "sum", upload(shares, frames.sizes.device))
+        return stream.slots[upload(index, stream.slots.device)], sizes
 
 
-def _first(counts: Tensor, size: int) -> Tensor:
+def _first(counts: Tensor, size: int, device: torch.device) -> Tensor:
     """Marks the first `counts` `[W]` of `size` places: `[W, size]` bool."""
-    return torch.arange(size) < counts[:, None]
+    return torch.arange(size, device=device) < upload(counts, device)[:, None]
 
 
 def _per_clip(counts: Tensor, windows: Sequence[int]) -> tuple[int, ...]:

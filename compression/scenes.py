@@ -2,6 +2,9 @@
 
 Time is TMRoPE's, 25 positions per second, because it alone says which audio and video happen together: sound in a video
 shares the video's positions, and every other clip of the sample starts after what came before it.
+
+Who is where is worked out on the CPU: it takes many small steps whose results decide about the sizes of others. Only
+the tokens stay where they are.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels import clip_ids, upload
 from .base import CompressorConfig, Context, Scene, check_number
 from .budget import largest_remainder
 from .stream import TokenStream
@@ -67,10 +72,14 @@ class SceneConfig(CompressorConfig):
 
 
 def read_scene(stream: TokenStream, context: Context, method: str) -> Scene:
-    """Gives the scene of the stream, all audio where the context has none; raises ValueError if it does not fit."""
+    """Gives the scene of the stream on the CPU, all audio where the context has none.
+
+    Raises:
+        ValueError: it does not fit the stream.
+    """
     scene = context.scene
     if scene is None:
-        return Scene.of_audio(stream)
+        return _on_cpu(Scene.of_audio(stream))
     n = len(stream.embeds)
     for name, shape in {"is_video": (n,), "seconds": (n,), "positions": (3, n), "sources": (n,)}.items():
         if getattr(scene, name).shape != shape:
@@ -78,13 +87,21 @@ def read_scene(stream: TokenStream, context: Context, method: str) -> Scene:
             raise ValueError(f"{method}: scene.{name} must be {list(shape)} for a stream of {n} tokens, got {got}")
     if scene.is_video.dtype != torch.bool:
         raise ValueError(f"{method}: scene.is_video must be bool, got {scene.is_video.dtype}")
-    return scene
+    return _on_cpu(scene)
+
+
+def _on_cpu(scene: Scene) -> Scene:
+    """Reads a scene from a GPU at one go, exactly in float64."""
+    if scene.is_video.device.type == "cpu":
+        return scene
+    rows = torch.stack([x.double() for x in (*scene.positions, scene.sources, scene.is_video, scene.seconds)]).cpu()
+    return Scene(rows[4].bool(), rows[5].float(), rows[:3].long(), rows[3].long())
 
 
 def modalities(stream: TokenStream, scene: Scene) -> tuple[Tensor, list[int], Tensor, list[int]]:
-    """Gives where the audio tokens are and how many each clip has, then the same of the video tokens."""
+    """Gives where the audio tokens are and how many each clip has, then the same of the video tokens; on the CPU."""
     audio, video = (~scene.is_video).nonzero().squeeze(1), scene.is_video.nonzero().squeeze(1)
-    clips, count = stream.clips, len(stream.lengths)
+    clips, count = clip_ids(stream.lengths), len(stream.lengths)
     return audio, per_group(clips[audio], count).tolist(), video, per_group(clips[video], count).tolist()
 
 
@@ -106,20 +123,20 @@ def split_budget(
 
 
 def elapsed(stream: TokenStream, scene: Scene) -> Tensor:
-    """Gives each token's time since its clip's first token, in positions: `[N]` int64."""
-    time, clips = scene.positions[0], stream.clips
+    """Gives each token's time since its clip's first token, in positions: `[N]` int64, on the CPU."""
+    time, clips = scene.positions[0], clip_ids(stream.lengths)
     start = time.new_zeros(len(stream.lengths)).scatter_reduce(0, clips, time, "amin", include_self=False)
     return time - start[clips]
 
 
 def per_group(ids: Tensor, groups: int) -> Tensor:
-    """Counts the rows of each group: `[G]` int64, on the CPU, where budgets are dealt out."""
-    return torch.bincount(ids, minlength=groups).cpu()
+    """Counts the rows of each group: `[G]` int64."""
+    return torch.bincount(ids, minlength=groups)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows with equal keys. Groups are numbered in the order of their keys.
+    """Rows with equal keys, on the CPU. Groups are numbered in the order of their keys.
 
     Args:
         ids: `[N]` int64, the group of each row.
@@ -134,11 +151,12 @@ class Groups:
     @classmethod
     def of(cls, *keys: Tensor) -> Groups:
         """Groups rows by their keys, `[N]` int64 each, of which the first counts most in the order of the groups."""
-        ids = torch.zeros_like(keys[0])
-        for key in keys:
-            values, rank = key.unique(return_inverse=True)
-            ids = (ids * len(values) + rank).unique(return_inverse=True)[1]
-        return cls(ids, torch.bincount(ids), ids.argsort(stable=True))
+        # numpy's sort takes next to no time for keys that are in order already, as they mostly are
+        order = torch.from_numpy(np.lexsort([key.numpy() for key in reversed(keys)]))
+        begins = torch.ones_like(order, dtype=torch.bool)
+        begins[1:] = torch.stack([key[order].diff() != 0 for key in keys]).any(dim=0)
+        number = begins.cumsum(0) - 1
+        return cls(torch.empty_like(order).scatter(0, order, number), torch.bincount(number), order)
 
     @property
     def firsts(self) -> Tensor:
@@ -148,7 +166,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Frames:
-    """The video tokens of a scene, frame by frame; the model's frame is a pair of the video's.
+    """The video tokens of a scene, frame by frame, on the CPU; the model's frame is a pair of the video's.
 
     Args:
         tokens: `[V]` int64, where in the stream each one is.
@@ -213,10 +231,9 @@ class Frames:
         """
         partners = self.partners(scene)
         rows = (partners >= 0).nonzero().squeeze(1)
-        here, before = (unit(embeds[self.tokens[index]]) for index in (rows, partners[rows]))
         change = torch.full(self.tokens.shape, torch.inf, device=embeds.device)
-        change[rows] = (here - before).square().sum(dim=1)
-        return change
+        here, before = (unit(embeds[upload(self.tokens[index], embeds.device)]) for index in (rows, partners[rows]))
+        return change.index_copy_(0, upload(rows, embeds.device), (here - before).square().sum(dim=1))
 
 
 def unit(embeds: Tensor) -> Tensor:

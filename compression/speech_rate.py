@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import clip_ids, offsets, pad_clips, positions
+from ..kernels import clip_ids, offsets, pad_clips, positions, upload
 
 FASTEST = 2.0  # rates are kept between the corpus' mean, 1, and this (arXiv 2503.11315)
 
@@ -56,7 +56,7 @@ class SpeechRate(nn.Module):
         counts = [-(-n // 4) for n in lengths]
         every_fourth = offsets(lengths)[clip_ids(counts)] + 4 * positions(counts)
         with torch.autocast(states.device.type, enabled=False):  # what it says is compared with whole numbers
-            x = self.embed(states[every_fourth.to(states.device)].to(self.token.dtype))
+            x = self.embed(states[upload(every_fourth, states.device)].to(self.token.dtype))
             x, real = pad_clips(x, counts)  # [C, T, width], [C, T]
             x = x + functional.gelu(self.place(x.mT)[..., :-1]).mT
             x = torch.cat((self.token.expand(len(x), 1, -1), x), dim=1)

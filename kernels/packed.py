@@ -64,4 +64,4 @@ def unfold(
     inside = (positions(windows) * stride - before)[:, None] + torch.arange(size)  # [M, size]
     valid = (inside >= 0) & (inside < torch.tensor(lengths, dtype=torch.long)[clips][:, None])
     index = torch.where(valid, offsets(lengths)[clips][:, None] + inside, len(embeds))  # the row of zeros
-    return functional.pad(embeds, (0, 0, 0, 1))[index.to(embeds.device)]
+    return functional.pad(embeds, (0, 0, 0, 1))[upload(index, embeds.device)]

@@ -66,8 +66,8 @@ def adjacent_cosine(embeds: Tensor, lengths: Sequence[int], backend: str = "auto
     if use_triton(backend, embeds) and embeds.numel():
         from .triton_cosine import AdjacentCosine
 
-        last = [end - 1 for n, end in zip(lengths, accumulate(lengths), strict=True) if n]
-        cosine: Tensor = AdjacentCosine.apply(embeds, upload(last, embeds.device))
+        ends = [end - 1 for n, end in zip(lengths, accumulate(lengths), strict=True) if n]
+        cosine: Tensor = AdjacentCosine.apply(embeds, upload(ends, embeds.device))
         return cosine
     unit = functional.normalize(embeds.float(), dim=1)
     cosine = functional.pad((unit[:-1] * unit[1:]).sum(dim=1), (0, min(1, len(embeds))), value=-torch.inf)
