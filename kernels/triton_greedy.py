@@ -22,7 +22,7 @@ PANEL = 32  # steps from one update of the whole matrix to the next; a guess
 ROOM = greedy.LONGEST**2  # numbers in the matrices of the clips worked at once, 1 GiB in float32
 TOKENS_PER_WARP, MOST_WARPS = 256, 32  # a guess
 EPS = 1e-12  # the least norm, as in torch's normalize
-ALIGN = tl.constexpr(32)  # numbers: a matrix's rows start at whole cache lines
+ALIGN = 32  # numbers: a matrix's rows start at whole cache lines
 TIE = tl.constexpr(select.TIE)
 GONE = tl.constexpr(greedy.GONE)
 LEAST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -31,9 +31,9 @@ LEAST = tl.constexpr(torch.finfo(torch.float32).tiny)
 @triton.jit
 def _clip(table):
     """Gives where a program's clip starts, its length, its steps, where its matrix starts and the stride of that."""
-    row = table + 4 * tl.program_id(0)
-    length = tl.load(row + 1).to(tl.int32)
-    return tl.load(row), length, tl.load(row + 2).to(tl.int32), tl.load(row + 3), tl.cdiv(length, ALIGN) * ALIGN
+    row = table + 5 * tl.program_id(0)
+    length, steps, stride = tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32), tl.load(row + 4).to(tl.int32)
+    return tl.load(row), length, steps, tl.load(row + 3), stride
 
 
 @triton.jit
@@ -136,27 +136,32 @@ def _block(clips: Sequence[Clip]) -> dict[str, int]:
 
 
 def _cosines(embeds: Tensor, clips: Sequence[Clip], rows_below: int = 0) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gives the kernels' table, the memory of all matrices, and each clip's matrix in it.
+    """Gives what the kernels read: a table for `_clip`, and the clips' matrices one after another; and views of those.
 
     Returns:
-        `[C, 4]` int64, what `_clip` reads; float32; and of each clip `[n, n]`, with `rows_below` rows below it.
+        `[C, 5]` int64; float32 of one dimension; of each clip `[n, n]` cosines, and `rows_below` rows of room below.
     """
-    strides = [triton.cdiv(clip.length, ALIGN.value) * ALIGN.value for clip in clips]
-    rooms = [(clip.length + rows_below) * stride for clip, stride in zip(clips, strides, strict=True)]
-    memory = embeds.new_empty(sum(rooms), dtype=torch.float32)
-    table, matrices, place = [], [], 0
-    for clip, room, stride in zip(clips, rooms, strides, strict=True):
-        table.append([*clip, place])
-        matrix = memory[place : place + room].view(-1, stride)[:, : clip.length]
-        cosine, tokens = matrix[: clip.length], embeds[clip.tokens]
-        if tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16):
-            torch.mm(tokens, tokens.T, out_dtype=torch.float32, out=cosine)  # exact products, added up in float32
-            # Norms from the same product: a token has cosine 1 with its copies, however sums are rounded.
-            scale = cosine.diagonal().clamp(min=EPS**2).rsqrt()
-            cosine.mul_(scale[:, None]).mul_(scale)
-        else:
-            unit = functional.normalize(tokens.float(), dim=1, eps=EPS)
-            torch.mm(unit, unit.T, out=cosine)
+    table: list[list[int]] = []
+    size = 0
+    for clip in clips:
+        stride = triton.cdiv(clip.length, ALIGN) * ALIGN
+        table.append([*clip, size, stride])
+        size += (clip.length + rows_below) * stride
+    memory = embeds.new_empty(size, dtype=torch.float32)
+    matrices = []
+    for start, length, _, place, stride in table:
+        matrix = memory.as_strided((length + rows_below, length), (stride, 1), place)
+        _fill(matrix[:length], embeds[start : start + length])
         matrices.append(matrix)
-        place += room
     return upload(torch.tensor(table), embeds.device), memory, matrices
+
+
+def _fill(cosine: Tensor, tokens: Tensor) -> None:
+    if tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16):
+        torch.mm(tokens, tokens.T, out_dtype=torch.float32, out=cosine)  # exact products, added up in float32
+        # Norms from the same product: a token has cosine 1 with its copies, however sums are rounded.
+        scale = cosine.diagonal().clamp(min=EPS**2).rsqrt()
+        cosine.mul_(scale[:, None]).mul_(scale)
+    else:
+        unit = functional.normalize(tokens.float(), dim=1, eps=EPS)
+        torch.mm(unit, unit.T, out=cosine)
