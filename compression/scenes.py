@@ -190,7 +190,7 @@ class Frames:
         frames = Groups.of(by_run.ids, scene.positions[0, video])
         runs = by_run.ids[frames.firsts]
         lengths = torch.bincount(runs)
-        ranks = torch.arange(len(runs), device=runs.device) - (lengths.cumsum(0) - lengths)[runs]
+        ranks = torch.arange(len(runs)) - (lengths.cumsum(0) - lengths)[runs]
         return cls(video[frames.order], frames.ids[frames.order], frames.counts, runs, ranks)
 
     @property
