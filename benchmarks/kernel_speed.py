@@ -29,6 +29,7 @@ from audiopress.kernels import (
     attention_received,
     farthest_first,
     greedy_map,
+    most_alike,
     segment_merge,
     top_k,
     ward_greedy,
@@ -36,7 +37,16 @@ from audiopress.kernels import (
 from audiopress.kernels.packed import bounds
 from audiopress.kernels.varlen import varlen_attention
 
-OPS = ("adjacent_cosine", "segment_merge", "top_k", "ward_greedy", "farthest_first", "greedy_map", "attention_received")
+OPS = (
+    "adjacent_cosine",
+    "segment_merge",
+    "top_k",
+    "most_alike",
+    "ward_greedy",
+    "farthest_first",
+    "greedy_map",
+    "attention_received",
+)
 BACKENDS = ("eager", "compile", "triton", "copy", "flash")
 ENCODER = (16 * (12844,), 1280)  # states of 16 clips of 256.89 s in the audio tower
 STREAM = ((6422,), 3584)  # one clip's tokens before Qwen2.5-Omni-7B's LLM
@@ -113,6 +123,20 @@ def top_k_cell(lengths: tuple[int, ...], keep: int) -> Cell:
     )
 
 
+def alike_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
+    """Gives the cell of finding, for each clip's tokens, the most similar of every `keep`-th one."""
+    x = torch.randn(sum(lengths), width, device="cuda", dtype=torch.bfloat16)
+    chosen = torch.arange(sum(lengths), device="cuda") % lengths[0] % keep == 0  # the clips are of one length
+    counts = [-(-n // keep) for n in lengths]
+    rest = [n - m for n, m in zip(lengths, counts, strict=True)]
+    tokens, targets = ((~chosen).nonzero()[:, 0], rest), (chosen.nonzero()[:, 0], counts)
+    return Cell(
+        op="most_alike",
+        shape=f"{len(lengths)} x {lengths[0]:,} x {width:,}, {counts[0]:,} targets",
+        run=lambda backend: most_alike(x, *tokens, *targets, backend)[0],
+    )
+
+
 def ward_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
     """Gives the cell of cutting each clip into one run for every `keep` tokens."""
     x = torch.randn(sum(lengths), width, device="cuda", dtype=torch.bfloat16)
@@ -137,9 +161,9 @@ def choice_cell(choose: Callable[..., Tensor], lengths: tuple[int, ...], width: 
     )
 
 
-def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: int) -> Cell:
-    """Gives the cell of attention received: bidirectional in many blocks, causal in a single one."""
-    n, scale, causal = sum(lengths), 1 / math.sqrt(size), len(lengths) == 1
+def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: int, log: bool = False) -> Cell:
+    """Gives the cell of attention received: bidirectional in many blocks or as a logarithm, else causal."""
+    n, scale, causal = sum(lengths), 1 / math.sqrt(size), len(lengths) == 1 and not log
     q, k, v = (torch.randn(n, h, size, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads))
 
     def flash() -> Tensor:
@@ -152,8 +176,8 @@ def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: i
 
     return Cell(
         op="attention_received",
-        shape=f"{len(lengths)} of {lengths[0]:,}, {heads} heads, d {size}" + ", causal" * causal,
-        run=lambda backend: attention_received(q, k, lengths, scale, causal, backend=backend),
+        shape=f"{len(lengths)} of {lengths[0]:,}, {heads} heads, d {size}" + ", causal" * causal + ", log" * log,
+        run=lambda backend: attention_received(q, k, lengths, scale, causal, log, backend),
         flash=causal_flash if causal else flash,
     )
 
@@ -165,12 +189,15 @@ CELLS: list[Callable[[], Cell]] = [
     partial(merge_cell, *STREAM, 4),
     partial(top_k_cell, ENCODER[0], 2),
     partial(top_k_cell, STREAM[0], 4),
+    partial(alike_cell, *ENCODER, 2),
+    partial(alike_cell, *STREAM, 4),
     partial(ward_cell, *STREAM, 4),
     partial(ward_cell, BLOCKS[0], ENCODER[1], 2),
     partial(choice_cell, farthest_first, *STREAM, 4),
     partial(choice_cell, greedy_map, *STREAM, 4),
     partial(attention_cell, *BLOCKS),
     partial(attention_cell, *PREFILL),
+    partial(attention_cell, STREAM[0], *PREFILL[1:], log=True),
 ]
 
 
