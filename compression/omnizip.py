@@ -129,7 +129,7 @@ class OmniZip(Compressor):
             for n, kept in zip(audio_counts, audio_budget, strict=True)
         ]
         dominant = [kept - a for kept, a in zip(audio_budget, anchors, strict=True)]
-        audio, video = (upload(rows, attention.device) for rows in (audio, video))
+        audio, video = (upload(rows, stream.embeds.device) for rows in (audio, video))
         salient = audio[top_k(attention[audio], audio_counts, dominant)]
         rest_counts = [n - s for n, s in zip(audio_counts, dominant, strict=True)]
         taken = torch.zeros_like(stream.slots, dtype=torch.bool).index_fill_(0, salient, True)
@@ -195,8 +195,8 @@ class OmniZip(Compressor):
         def per_window(tokens: Tensor) -> Tensor:
             return per_group(windows.ids[tokens], len(windows.counts))
 
-        audio = audio.cpu()  # the one thing that budgets need to know of the choice, and wait for
-        video, retention = per_window(scene.is_video), per_window(audio) / per_window(~scene.is_video)
+        heard = per_window(audio.cpu())  # all that the budgets need to know of the choice, and wait for
+        video, retention = per_window(scene.is_video), heard / per_window(~scene.is_video)
         of_window, frame_counts = clips[windows.firsts], per_window(frames.heads).tolist()
         rates = prune_rates(config, retention, video, of_window, budget)
         dealt = largest_remainder(video * (1 - rates), video, per_group(of_window, len(budget)).tolist(), budget)

@@ -36,11 +36,11 @@ def attention_received(
         lengths: states per block, that sum to N; one block is a whole sequence.
         scale: of the logits.
         causal: a state attends to itself and those before it, not to its whole block.
-        log: gives the logarithm, that of what would underflow, too.
+        log: gives the logarithm, of what would underflow as well.
         backend: "auto", "torch" or "triton".
 
     Returns:
-        `[N]` float32; the mean over a block is 1 (of the logarithm's exponential).
+        `[N]` float32, whose mean over a block is 1; or the logarithm of that.
     """
     if use_triton(backend, query) and len(query):
         from . import triton_received

@@ -2,7 +2,7 @@
 
 import torch
 
-from audiopress.kernels import adjacent_cosine, pad_clips, top_k
+from audiopress.kernels import adjacent_cosine, pad_clips, top_k, unpad_clips
 
 LENGTHS = (5, 0, 1, 9, 2)
 
@@ -40,3 +40,6 @@ def test_pad_clips():
         t.tolist() for t in torch.arange(17).split(LENGTHS)
     ]
     assert (padded[~real] == -1).all()
+    assert unpad_clips(padded, LENGTHS).tolist() == list(range(17))
+    none, _ = pad_clips(torch.empty(0, 3), (0, 0))
+    assert unpad_clips(none, (0, 0)).shape == (0, 3)
