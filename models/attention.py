@@ -129,8 +129,6 @@ def _attend(
     attend = partial(_call, base, module)
     size, queries = query.shape[-1], query.shape[2]
     scaling = size**-0.5 if scaling is None else scaling
-    if base == "sdpa" and queries == 1:
-        return _attend_once(query, key, value, attention_mask, key_bias, scaling), None
     if key_bias is None:
         return attend(query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
     bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0)
@@ -149,22 +147,6 @@ def _attend(
         **kwargs,
     )
     return output[..., :size], weights
-
-
-def _attend_once(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_bias: Tensor | None, scaling: float
-) -> Tensor:
-    """Attends with one query per head `[B, H, 1, d]`; gives `[B, 1, H, d]`.
-
-    The queries of the heads that share a key head are taken for as many queries of that one: so its keys are read
-    once, and are not copied to every head.
-    """
-    if key_bias is not None:
-        bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0)
-        mask = _add(mask, _fit(bias, key.shape[2])[:, None, None].to(query.dtype))
-    queries = query.view(len(query), key.shape[1], -1, query.shape[-1])
-    mixed = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
-    return mixed.reshape(len(query), 1, -1, value.shape[-1])
 
 
 def _mask(*args: Any, base: str, **kwargs: Any) -> Tensor | None:

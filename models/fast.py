@@ -12,9 +12,10 @@ from . import parts
 def compile_layers(thinker: nn.Module) -> None:
     """Compiles parts of the model, on their first use: seconds for each kind of part, whatever their number.
 
-    They are the vision tower's blocks (half of whose time goes to norms and rotary positions in float32) and the LLM's
-    norms and feed-forwards. Lengths stay open, so that another clip compiles nothing. Weights and their names stay as
-    they are; results change by rounding alone.
+    They are the layers of both towers (half of the vision tower's time goes to norms and rotary positions in float32,
+    and starting the audio tower's many operations one by one takes longer than running them) and the LLM's norms and
+    feed-forwards. Lengths stay open, so that another clip compiles nothing. Weights and their names stay as they are;
+    results change by rounding alone.
     """
     for part in compilable(thinker):
         if part._compiled_call_impl is None:
@@ -23,6 +24,7 @@ def compile_layers(thinker: nn.Module) -> None:
 
 def compilable(thinker: nn.Module) -> Iterator[nn.Module]:
     """Gives the parts that `compile_layers` compiles."""
+    yield from parts.audio_tower(thinker).layers
     yield from parts.vision_tower(thinker).blocks
     language_model = parts.language_model(thinker)
     for layer in language_model.layers:

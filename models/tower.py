@@ -27,7 +27,8 @@ from ..compression.encoder import (
     pool_states,
 )
 from ..kernels import attention_received, block_attention
-from ..kernels.packed import clip_ids, positions, upload
+from ..kernels.packed import bounds, clip_ids, positions, upload
+from .packed import is_packed
 
 AT_ONCE = 2**16  # states that go through the layers together: 22 minutes of audio
 
@@ -194,6 +195,11 @@ def _run_layers(
     hidden, bias = states.blocks.embeds, None  # `states` holds the current ones only where somebody reads them
     for i in range(start, stop):
         layer, lengths = tower.layers[i], states.blocks.lengths
+        acts, last = method is not None and i in acting, i == stop - 1
+        if is_packed(tower) and bias is None and not acts and not (last and capture):
+            blocks = bounds(lengths, hidden.device)
+            hidden = layer(hidden, cu_seqlens=blocks, max_seqlen=max(lengths, default=0))[0]
+            continue
         attention = layer.self_attn
         x = layer.self_attn_layer_norm(hidden)
         q, k, v = (
@@ -201,7 +207,6 @@ def _run_layers(
         )
         mixed = block_attention(q, k, v, lengths, attention.scaling, bias).flatten(1)
         hidden = hidden + attention.out_proj(mixed)
-        acts, last = method is not None and i in acting, i == stop - 1
         read = (capture if last else frozenset()) | (method.needs if method is not None and acts else frozenset())
         received = None
         if "encoder_attention" in read:
