@@ -1,7 +1,9 @@
-"""What a run leaves for people to read: a table, JSON files and pictures.
+"""What a run, or measuring, leaves for people to read: tables, JSON files and pictures.
 
 python benchmarks/report.py runs/pooling             # prints the table of a run
 python benchmarks/report.py runs/pooling --readme    # puts it, its pictures and its JSON into the repository
+python benchmarks/report.py speed                    # the tables of benchmarks/results, pictures in runs/pictures
+python benchmarks/report.py speed --readme           # puts both into the repository
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import torch
 
 from audiopress.benchmarks.plots import plot_tokens, plot_training
 from audiopress.benchmarks.scoring import Evaluation, to_device
+from audiopress.benchmarks.speed_report import speed_report
 from audiopress.compression import TokenStream
 from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.media import read_audio
 from audiopress.data.records import Record
 from audiopress.models import CompressedOmni
 from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, Kind
+
+SPEED = "speed"  # what is reported in place of a run, and the README's mark of it
 
 
 def row(result: Evaluation) -> dict[str, Any]:
@@ -101,12 +106,7 @@ def publish(run: Path, root: Path) -> None:
         ValueError: README.md lacks the marks.
     """
     summary = json.loads((run / "results.json").read_text())
-    readme = root / "README.md"
-    before, opening, rest = readme.read_text().partition("<!-- results -->\n")
-    _, closing, after = rest.partition("<!-- /results -->")
-    if not closing:
-        raise ValueError(f"{readme} lacks the marks <!-- results --> and <!-- /results -->")
-    readme.write_text(f"{before}{opening}{table(summary)}\n\n{closing}{after}")
+    replace_between(root / "README.md", "results", table(summary))
     for folder, names in (("results", ["results.json"]), ("pictures", ["tokens.png", "training.png"])):
         target = root / "benchmarks" / folder
         target.mkdir(exist_ok=True)
@@ -114,16 +114,41 @@ def publish(run: Path, root: Path) -> None:
             shutil.copy(run / name, target / name.replace("results.json", "first_run.json"))
 
 
+def replace_between(page: Path, mark: str, text: str) -> None:
+    """Puts text between `<!-- mark -->` and `<!-- /mark -->` of a page.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    before, opening, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    _, closing, after = rest.partition(f"<!-- /{mark} -->")
+    if not closing:
+        raise ValueError(f"{page} lacks the marks <!-- {mark} --> and <!-- /{mark} -->")
+    page.write_text(f"{before}{opening}\n{text.strip()}\n\n{closing}{after}")
+
+
 def main() -> None:
-    """Prints, or publishes, the report of a run."""
+    """Prints, or publishes, the report of a run or of speed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the output directory of train_compress.py")
+    parser.add_argument("run", help=f"the output directory of train_compress.py, or {SPEED!r}")
     parser.add_argument("--readme", action="store_true", help="publish it in the repository")
+    parser.add_argument("--results", type=Path, help="of speed: the folder of the rows; default: benchmarks/results")
+    parser.add_argument("--device", help="of speed: a part of its name; default: that of the newest row")
+    parser.add_argument("--commit", help="of speed: its beginning, or 'any'; default: that of the newest row")
     args = parser.parse_args()
+    root = Path(__file__).parents[1]
     try:
-        print(table(json.loads((args.run / "results.json").read_text())))
+        if args.run == SPEED:
+            pictures = root / "benchmarks/pictures" if args.readme else Path("runs/pictures")
+            text = speed_report(args.results or root / "benchmarks/results", pictures, args.device, args.commit)
+            print(text)
+            if args.readme:
+                replace_between(root / "README.md", SPEED, text.replace(f"]({root.as_posix()}/", "]("))
+            return
+        run = Path(args.run)
+        print(table(json.loads((run / "results.json").read_text())))
         if args.readme:
-            publish(args.run, Path(__file__).parents[1])
+            publish(run, root)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -57,7 +57,7 @@ def _end_to_end(rows: Sequence[Row]) -> str:
     base = _baseline(rows)
     compiled = any(row["compile"] for row in rows)
     lines = []
-    for row in _ordered(rows):
+    for row in ordered(rows):
         name = label(row)
         if compiled and not row["compile"] and row["method"] != TRANSFORMERS:
             name += ", not compiled"
@@ -72,6 +72,22 @@ def _end_to_end(rows: Sequence[Row]) -> str:
     return markdown(head, lines)
 
 
+def long(rows: Sequence[Row]) -> str:
+    """Gives one table of clips of several lengths: time, in s, and memory by length."""
+    head = ["", "minutes", "audio", "audio tower", "compressor", "prefill", "first token", "GB at most"]
+    head += ["GB of the audio tower"]
+    lines = []
+    for row in ordered(rows):
+        line = [label(row), f"{row['seconds'] / 60:g}"]
+        if row["status"] != "ok":
+            lines.append([*line, _failure(row)])
+            continue
+        steps = ("audio_tower", "compressor", "prefill", "first_token")
+        line += [_tokens(row)[0], *(f"{row[step]['median'] / 1e3:.2f}" if step in row else "" for step in steps)]
+        lines.append([*line, _gigabytes(row), _gigabytes(row, "audio_tower_bytes")])
+    return markdown(head, lines)
+
+
 def training(rows: Sequence[Row]) -> str:
     """Gives a table for every clip: a training step's time, and memory, against transformers'."""
     return "\n\n".join(f"{describe(key)}:\n\n{_training(group)}" for key, group in by_setting(rows).items())
@@ -80,12 +96,15 @@ def training(rows: Sequence[Row]) -> str:
 def _training(rows: Sequence[Row]) -> str:
     head = ["", "audio", "video", "ms per step", "samples/s", "GB at most"]
     base, lines = _baseline(rows), []
-    for row in _ordered(rows):
+    for row in ordered(rows):
         if row["status"] != "ok":
             lines.append([label(row), _failure(row)])
             continue
         rate = _fold(row, base, lambda r: 1 / r["samples_per_second"], lambda r: f"{r['samples_per_second']:.2f}")
-        lines.append([label(row), *_tokens(row), f"{row['step']['median']:,.0f}", rate, _gigabytes(row, base)])
+        memory = _gigabytes(row)
+        if base is not None and memory and row is not base:
+            memory += f" ({100 * row['peak_allocated'] / base['peak_allocated']:.0f} %)"
+        lines.append([label(row), *_tokens(row), f"{row['step']['median']:,.0f}", rate, memory])
     return markdown(head, lines)
 
 
@@ -93,7 +112,7 @@ def kernels(rows: Sequence[Row]) -> str:
     """Gives the table of the kernels: ms of every back end, and the fast one against the others."""
     names = ("eager", "compile", "triton")
     head = ["operation", "shape", "pass", *(f"{name}, ms" for name in names), "copy or flash, ms"]
-    head += ["× eager", "× compile", "of a copy's bandwidth"]
+    head += ["× eager", "× compile", "speed against copy or flash"]
     lines = []
     for (op, shape, direction), times in kernel_times(rows).items():
         cells = [f"{times[name]:.3f}" if name in times else "" for name in names]
@@ -101,7 +120,7 @@ def kernels(rows: Sequence[Row]) -> str:
         line = [op, shape, direction, *cells, f"{bound:.3f}" if bound else ""]
         if "triton" in times:
             line += [f"{times[n] / times['triton']:.1f}" if n in times else "" for n in names[:2]]
-            line += [f"{100 * times['copy'] / times['triton']:.0f} %"] if "copy" in times else []
+            line += [f"{100 * bound / times['triton']:.0f} %"] if bound else []
         lines.append(line)
     return markdown(head, lines)
 
@@ -116,10 +135,10 @@ def kernel_times(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, fl
     return times
 
 
-def _ordered(rows: Sequence[Row]) -> list[Row]:
+def ordered(rows: Sequence[Row]) -> list[Row]:
     """Puts the uncompressed models first, and the ratios of a method under one another; otherwise as measured."""
     order = list(dict.fromkeys([TRANSFORMERS, "none", *(row["method"] for row in rows)]))
-    return sorted(rows, key=lambda row: (order.index(row["method"]), -(row["keep_ratio"] or 0)))
+    return sorted(rows, key=lambda row: (order.index(row["method"]), -(row["keep_ratio"] or 0), row["seconds"]))
 
 
 def _baseline(rows: Sequence[Row]) -> Row | None:
@@ -138,11 +157,8 @@ def _fold(row: Row, base: Row | None, value: Callable[[Row], float], text: Calla
     return shown if base is None or row is base else f"{shown} ({value(base) / value(row):.1f}×)"
 
 
-def _gigabytes(row: Row, base: Row | None = None) -> str:
-    if "peak_allocated" not in row:
-        return ""
-    share = "" if base in (None, row) else f" ({100 * row['peak_allocated'] / base['peak_allocated']:.0f} %)"
-    return f"{row['peak_allocated'] / 1e9:.1f}{share}"
+def _gigabytes(row: Row, name: str = "peak_allocated") -> str:
+    return f"{row[name] / 1e9:.1f}" if name in row else ""
 
 
 def _failure(row: Row) -> str:
