@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import GenerationConfig, StaticCache
 from transformers.utils import ModelOutput
 
 from ..compression import Compressor, Context, TokenStream
@@ -39,6 +39,8 @@ MEDIA = (
 )
 ON_HOST = ("feature_attention_mask", "video_grid_thw", "video_second_per_grid", "video_seconds", "image_grid_thw")
 PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
+# Against what a checkpoint's own generation config may ask for; the last three are transformers' defaults.
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 CACHE_BUCKET = 1024  # tokens; a guess: shorter ones compile more often, longer ones attend to more emptiness
 TRAINABLE = ("compressor", "adapter", "projector")
 
@@ -483,14 +485,14 @@ class CompressedOmni(nn.Module):
             if new is not None and not {"num_beams", "num_return_sequences", "past_key_values"} & kwargs.keys():
                 del kwargs["cache_implementation"]
                 kwargs["past_key_values"] = self._empty_cache(len(input_ids), inputs.embeds.shape[1] + new)
-        greedy = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
+        if "generation_config" not in kwargs:
+            # Made here, because `generate` would first build the whole config anew, to compare: 20 ms.
+            config = GenerationConfig()
+            others = config.update(**({} if kwargs.get("do_sample") else GREEDY) | kwargs)
+            kwargs = others | {"generation_config": config}
         with self.services(inputs):
             return self.thinker.generate(
-                inputs_embeds=inputs.embeds,
-                attention_mask=inputs.mask,
-                position_ids=inputs.positions,
-                **({} if kwargs.get("do_sample") or "generation_config" in kwargs else greedy),
-                **kwargs,
+                inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, **kwargs
             )
 
     def _empty_cache(self, batch: int, length: int) -> StaticCache:
