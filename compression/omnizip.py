@@ -215,7 +215,8 @@ def relate(embeds: Tensor, anchor: Rows, pool: Rows, video: Rows) -> tuple[Tenso
     """
     nearest, likeness = most_alike(embeds, *pool, *anchor)
     _, relation = most_alike(embeds, *pool, *video)
-    number = torch.searchsorted(anchor[0], nearest)
+    # of a NaN, which is told of later, none may be found
+    number = torch.searchsorted(anchor[0], nearest).clamp(max=len(anchor[0]) - 1)
     return number, torch.where(relation == -torch.inf, likeness, relation)
 
 

@@ -107,4 +107,4 @@ def most_alike(
     if tiles > 1:
         again = torch.where(tops.gather(0, tile)[0] < peaks, tile[0], -1)
         _compare[grid](*inputs, tops, found, again, peaks, *shape, WIDTH=embeds.shape[1], AGAIN=True, **sizes)
-    return torch.where(peaks.isinf(), tokens, targets[found]), peaks
+    return torch.where(peaks == -torch.inf, tokens, targets[found]), peaks
