@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +19,7 @@ from audiopress.benchmarks.speed_tables import Row, kernel_times, label, ordered
 from audiopress.benchmarks.style import DPI, FAINT, INK, clean, legend_style, save
 
 TOWERS, COMPRESSOR, LLM, OTHER = ("#2a9d8f", "#8fcfc7"), "#d1495b", ("#1f3a5f", "#7f9cc0"), "#c9d1d9"
-EAGER, COMPILED, REACHED = "#e09f3e", "#8e6bbf", "#1f6f9f"
+EAGER, COMPILED, REACHED, EMPTY = "#e09f3e", "#8e6bbf", "#1f6f9f", "#eef1f4"
 MARKERS = "os^Dv<>PX*ph"
 
 
@@ -62,7 +63,7 @@ def plot_parts(rows: Sequence[Row], path: Path, caption: str) -> Path:
         caption: what was measured where.
     """
     rows = [row for row in ordered(rows) if row["status"] == "ok"]
-    height = 1.5 + 0.32 * len(rows)
+    height = 1.9 + 0.32 * len(rows)
     figure, (axes,) = _figure(1, (10, height), f"Where the time of {ANSWER} tokens goes", caption, left=0.22)
     names = []
     for place, row in enumerate(rows):
@@ -82,7 +83,7 @@ def plot_parts(rows: Sequence[Row], path: Path, caption: str) -> Path:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower right", ncols=3, bbox_to_anchor=(0.99, 0.005), **legend_style())
-    figure.subplots_adjust(bottom=0.9 / height)
+    figure.subplots_adjust(bottom=1 / height)
     return save(figure, path)
 
 
@@ -116,22 +117,18 @@ def plot_kernels(rows: Sequence[Row], path: Path, caption: str) -> Path:
         caption: what was measured where.
     """
     times = {key: t for key, t in kernel_times(rows).items() if "triton" in t}
-    height = 1.6 + 0.36 * len(times)
-    figure, (bandwidth, speed) = _figure(2, (12, height), "Triton kernels", caption, left=0.37)
-    bounds = {row["shape"] + row["op"] + row["pass"]: row["gb_per_s"] for row in rows if row["backend"] == "copy"}
-    for place, ((op, shape, direction), t) in enumerate(times.items()):
-        if "copy" in t:
-            share = t["copy"] / t["triton"]
-            bandwidth.barh(place, 100, color="#eef1f4", height=0.68, zorder=2)
-            bandwidth.barh(place, 100 * share, color=REACHED, height=0.68, zorder=3)
-            reached = bounds[shape + op + direction] * share
-            bandwidth.text(2, place, f"{reached:,.0f} GB/s", va="center", size=8, color="white", zorder=4)
-        else:
-            bandwidth.text(2, place, "not bound by memory", va="center", size=8, color=FAINT)
-        for name, colour, marker in (("eager", EAGER, "o"), ("compile", COMPILED, "D")):
-            if name in t:
-                text = "" if place else {"eager": "than torch", "compile": "than torch.compile"}[name]
-                speed.plot(t[name] / t["triton"], place, marker, color=colour, ms=6, mec="white", label=text, zorder=3)
+    height = 1.8 + 0.36 * len(times)
+    figure, (bandwidth, speed) = _figure(2, (12, height), "Triton kernels", caption, left=0.37, space=0.12)
+    reached = {(row["op"], row["shape"], row["pass"]): row["gb_per_s"] for row in rows if row["backend"] == "triton"}
+    for place, (key, t) in enumerate(times.items()):
+        _draw_bandwidth(bandwidth, place, t, reached[key])
+    for name, text, colour, marker in (
+        ("eager", "than torch", EAGER, "o"),
+        ("compile", "than torch.compile", COMPILED, "D"),
+    ):
+        points = [(t[name] / t["triton"], place) for place, t in enumerate(times.values()) if name in t]
+        folds, places = [x for x, _ in points], [y for _, y in points]
+        speed.plot(folds, places, marker, color=colour, ms=6, mec="white", label=text, zorder=3)
     names = [f"{op}, {shape}" + ", with gradient" * (way != "forward") for op, shape, way in times]
     bandwidth.set_yticks(range(len(times)), names)
     bandwidth.set_xlim(0, 105)
@@ -148,6 +145,22 @@ def plot_kernels(rows: Sequence[Row], path: Path, caption: str) -> Path:
     speed.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0, **legend_style())
     figure.subplots_adjust(bottom=0.6 / height)
     return save(figure, path)
+
+
+def _draw_bandwidth(axes: Axes, place: int, times: dict[str, float], reached: float) -> None:
+    """Draws a bar of what a kernel reaches of a copy's bandwidth, or says what it is compared with instead."""
+    where, colour = 2.0, FAINT
+    if "copy" in times:
+        share = 100 * times["copy"] / times["triton"]
+        axes.barh(place, 100, color=EMPTY, height=0.68, zorder=2)
+        axes.barh(place, share, color=REACHED, height=0.68, zorder=3)
+        where, colour = (2.0, "white") if share > 25 else (share + 2, INK)  # a short bar holds no text
+        text = f"{reached:,.0f} GB/s"
+    elif "flash" in times:
+        text = f"{times['flash'] / times['triton']:.2f} × flash attention's speed"
+    else:
+        text = "no copy to compare with"
+    axes.text(where, place, text, va="center", size=8, color=colour, zorder=4)
 
 
 def plot_long(rows: Sequence[Row], path: Path, caption: str) -> Path:
@@ -190,15 +203,22 @@ def plot_long(rows: Sequence[Row], path: Path, caption: str) -> Path:
 
 
 def _figure(
-    panels: int, size: tuple[float, float], title: str, caption: str, left: float = 0.07, right: float = 0.98
+    panels: int,
+    size: tuple[float, float],
+    title: str,
+    caption: str,
+    left: float = 0.07,
+    right: float = 0.98,
+    space: float = 0.3,
 ) -> tuple[Figure, list[Axes]]:
     """Gives a figure of panels side by side, with a headline and, under it, where the numbers are from."""
     figure = Figure(figsize=size, dpi=DPI, facecolor="white")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     inches = 1 / size[1]
-    figure.subplots_adjust(left=left, right=right, top=1 - 0.72 * inches, bottom=0.52 * inches, wspace=0.06 * panels)
+    figure.subplots_adjust(left=left, right=right, top=1 - 0.85 * inches, bottom=0.52 * inches, wspace=space)
     figure.text(0.01, 1 - 0.1 * inches, title, size=11.5, weight="bold", va="top", color=INK)
-    figure.text(0.01, 1 - 0.34 * inches, caption, size=8, va="top", color=FAINT, parse_math=False)
+    lines = textwrap.fill(caption, int(14 * size[0]))
+    figure.text(0.01, 1 - 0.34 * inches, lines, size=8, va="top", color=FAINT, parse_math=False)
     for panel in axes:
         clean(panel)
     return figure, axes

@@ -88,9 +88,9 @@ def speed_report(results: Path, pictures: Path, device: str | None = None, commi
             continue
         where = about = caption(rows)
         drawn = rows
-        if benchmark == "throughput":  # one clip fills a picture: that of the most cells
-            clip, drawn = next(iter(speed_tables.by_setting(rows).items()))
-            about = f"{speed_tables.describe(clip)}; {where}"
+        if benchmark in ("throughput", "long"):  # a picture holds one clip, or clips of one kind: those of most cells
+            clip, drawn = next(iter(speed_tables.by_setting(rows, benchmark == "long").items()))
+            about = f"{clip}; {where}"
         parts = [f"### {TITLES[benchmark]}", f"{where}.", TABLES[benchmark](rows)]
         for name, text, plot in PICTURES[benchmark]:
             plot(drawn, pictures / f"{name}.png", about)

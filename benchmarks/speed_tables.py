@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 from audiopress.benchmarks.cells import TRANSFORMERS
@@ -18,24 +17,24 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in full)
 
 
-def setting(row: Row) -> tuple[Any, ...]:
-    """Gives what the cells of one table have in common."""
-    return row["model"], row["seconds"], row["batch"], row["video"]
+def by_setting(rows: Sequence[Row], any_length: bool = False) -> dict[str, list[Row]]:
+    """Gives the rows of every table by what its cells have in common, in words; those of the most cells first."""
+
+    def describe(row: Row) -> str:
+        name = f"Qwen2.5-Omni-{row['model'].upper()}'s shapes (random weights)" if row["model"] in LLM else row["model"]
+        sound = "sound of several lengths" if any_length else f"{row['seconds']:g} s of sound"
+        seen = f" and {FRAMES} frames" if row["video"] else ""
+        clips = f", {row['batch']} clips at once" if row["batch"] > 1 else ""
+        return f"{name}, {sound}{seen}{clips}"
+
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        tables.setdefault(describe(row), []).append(row)
+    return dict(sorted(tables.items(), key=lambda item: -len(item[1])))
 
 
-def by_setting(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Gives the rows of every table, those of the most cells first."""
-    groups = [(key, list(group)) for key, group in groupby(sorted(rows, key=setting), setting)]
-    return dict(sorted(groups, key=lambda item: -len(item[1])))
-
-
-def describe(key: tuple[Any, ...]) -> str:
-    """Says in words what cells have in common."""
-    model, seconds, batch, video = key
-    name = f"Qwen2.5-Omni-{model.upper()}'s shapes (random weights)" if model in LLM else model
-    seen = f" and {FRAMES} frames" if video else ""
-    clips = f", {batch} clips at once" if batch > 1 else ""
-    return f"{name}, {seconds:g} s of sound{seen}{clips}"
+def _tables(settings: dict[str, list[Row]], table: Callable[[Sequence[Row]], str]) -> str:
+    return "\n\n".join(f"{words}:\n\n{table(rows)}" for words, rows in settings.items())
 
 
 def label(row: Row) -> str:
@@ -46,7 +45,7 @@ def label(row: Row) -> str:
 
 def end_to_end(rows: Sequence[Row]) -> str:
     """Gives a table for every clip: where the time of an answer goes, in ms, and how much less than transformers'."""
-    return "\n\n".join(f"{describe(key)}:\n\n{_end_to_end(group)}" for key, group in by_setting(rows).items())
+    return _tables(by_setting(rows), _end_to_end)
 
 
 def _end_to_end(rows: Sequence[Row]) -> str:
@@ -73,7 +72,11 @@ def _end_to_end(rows: Sequence[Row]) -> str:
 
 
 def long(rows: Sequence[Row]) -> str:
-    """Gives one table of clips of several lengths: time, in s, and memory by length."""
+    """Gives a table of clips of several lengths: time, in s, and memory by length."""
+    return _tables(by_setting(rows, any_length=True), _long)
+
+
+def _long(rows: Sequence[Row]) -> str:
     head = ["", "minutes", "audio", "audio tower", "compressor", "prefill", "first token", "GB at most"]
     head += ["GB of the audio tower"]
     lines = []
@@ -90,7 +93,7 @@ def long(rows: Sequence[Row]) -> str:
 
 def training(rows: Sequence[Row]) -> str:
     """Gives a table for every clip: a training step's time, and memory, against transformers'."""
-    return "\n\n".join(f"{describe(key)}:\n\n{_training(group)}" for key, group in by_setting(rows).items())
+    return _tables(by_setting(rows), _training)
 
 
 def _training(rows: Sequence[Row]) -> str:

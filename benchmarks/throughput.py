@@ -56,7 +56,7 @@ METHODS = (
 )
 LONG_SECONDS = [600.0, 1800.0, 3600.0]  # 90,000 tokens at the end, of which a quarter fits the LLM's window
 LONG_METHODS = ("pooling", "atome:encoder", "ward")
-COMPILED_WARM_UPS = 3  # the first call compiles, and CUDA graphs are recorded in the second (a guess)
+COMPILED_WARM_UPS = 2  # the first call compiles, in the second CUDA graphs may be recorded (a guess)
 
 Steps = dict[str, Callable[[], Any]]
 
