@@ -79,6 +79,8 @@ class Prompt:
 class Scene:
     """What the tokens of a *joint* stream are: all audio and video tokens of a sample, in the order of the sequence.
 
+    Best on the CPU, where methods read it: from a GPU it would be copied.
+
     Args:
         is_video: `[N]` bool.
         seconds: `[N]` float32, when the token happens; video tokens of one pair of frames share their second.

@@ -175,7 +175,8 @@ def merge_runs(
 def runs_per_clip(lengths: Sequence[int], counts: Tensor) -> tuple[int, ...]:
     """Gives how many runs of `counts` `[M]` tokens each clip has."""
     ends = clip_ids(lengths, counts.device)[counts.cumsum(0) - 1]
-    return tuple(torch.bincount(ends, minlength=len(lengths)).tolist())
+    runs = torch.zeros(len(lengths), dtype=torch.long, device=counts.device)
+    return tuple(runs.index_add(0, ends, torch.ones_like(ends)).tolist())
 
 
 def excess(lengths: Sequence[int], targets: Sequence[int]) -> list[int]:

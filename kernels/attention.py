@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .backend import use_triton
 from .packed import bounds
-from .select import pad_clips
+from .select import pad_clips, unpad_clips
 from .varlen import HALF, HEAD_MULTIPLE, can_use_varlen, varlen_attention
 
 
@@ -45,7 +45,8 @@ def block_attention(
         mask = bias[:, None, None]
     elif len(set(lengths)) > 1:
         mask = real[:, None, None]
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)[real]
+    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return unpad_clips(mixed.transpose(1, 2), lengths)
 
 
 def causal_attention(

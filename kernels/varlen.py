@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 HALF = (torch.float16, torch.bfloat16)
 HEAD_MULTIPLE = 8  # of the head size, which fast attention kernels ask for
@@ -29,5 +28,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
     Returns:
         `[N, H, d]`.
     """
+    from torch.nn.attention.varlen import varlen_attn  # which imports Triton
+
     mixed: Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale)  # type: ignore[assignment]
     return mixed

@@ -59,19 +59,19 @@ def fill(
         assert not {"encoder_hidden", "encoder_keys"} & set(needs), (
             "they are of audio clips, a joint method's of samples"
         )
-        index, _ = layout.joint_index()
         samples = list(range(len(input_ids)))
+        host = layout.host
+        media = host.is_media
         context.scene = Scene(
-            is_video=(layout.kind == Kind.VIDEO.value).flatten()[index],
-            seconds=layout.second.flatten()[index],
-            positions=layout.positions.flatten(1)[:, index],
-            sources=layout.clip.flatten()[index],
+            is_video=host.kind[media] == Kind.VIDEO.value,
+            seconds=host.second[media],
+            positions=host.positions[:, media],
+            sources=host.clip[media],
         )
         if "encoder_attention" in needs:
-            received = torch.zeros(len(index), device=embeds.device)
+            received = torch.zeros(int(media.sum()), device=embeds.device)
             if context.encoder_attention is not None:  # there is audio
-                host = layout.host
-                heard = (host.kind[host.is_media] == Kind.AUDIO.value).nonzero().squeeze(1)
+                heard = (~context.scene.is_video).nonzero().squeeze(1)
                 received = received.index_copy(0, upload(heard, received.device), context.encoder_attention)
             context.encoder_attention = received
     else:

@@ -273,7 +273,7 @@ def test_attention_received(lengths, size, heads, key_heads, causal, dtype, monk
     q, k = (x.mul(30).round() for x in (q, k))
     found, plain = (attention_received(q, k, lengths, 1, causal, log=True, backend=b) for b in ("triton", "torch"))
     assert causal or min(lengths) < 2 or found.min() < -200
-    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=5e-3)  # of logits of some thousands
 
 
 @on_device
@@ -354,9 +354,13 @@ def test_most_alike(width, dtype, monkeypatch):
             assert (best == -torch.inf).all()
             continue
         want = unit[mine] @ unit[theirs].T
-        torch.testing.assert_close(best.double(), want.amax(1), rtol=0, atol=1e-6)
-        surely, perhaps = (want >= want.amax(1, keepdim=True) - tie for tie in (0.8e-6, 1.2e-6))
+        error = 1e-6 if dtype == torch.float32 or INTERPRETED else 3e-5  # tensor cores keep fewer digits of a sum
+        torch.testing.assert_close(best.double(), want.amax(1), rtol=0, atol=error)
         place = torch.searchsorted(theirs, got)
+        assert (want.amax(1) - want.gather(1, place[:, None])[:, 0]).max() <= 1e-6 + 2 * error
+        if error > 1e-6:
+            continue
+        surely, perhaps = (want >= want.amax(1, keepdim=True) - tie for tie in (0.8e-6, 1.2e-6))
         assert (place <= surely.byte().argmax(1)).all()
         assert perhaps.gather(1, place[:, None]).all()
         assert (place >= perhaps.byte().argmax(1)).all()
