@@ -65,7 +65,7 @@ def plot_parts(rows: Sequence[Row], path: Path, caption: str) -> Path:
     rows = [row for row in ordered(rows) if row["status"] == "ok"]
     height = 1.9 + 0.32 * len(rows)
     figure, (axes,) = _figure(1, (10, height), f"Where the time of {ANSWER} tokens goes", caption, left=0.22)
-    names = []
+    names, compiled = [], any(row["compile"] for row in rows)
     for place, row in enumerate(rows):
         start = 0.0
         for part, (milliseconds, colour) in time_parts(row).items():
@@ -73,7 +73,7 @@ def plot_parts(rows: Sequence[Row], path: Path, caption: str) -> Path:
             start += milliseconds
         axes.text(start, place, f" {start:,.0f}", va="center", size=8.5, color=INK)
         share = f"  {row['keep_ratio']:g}" if row["keep_ratio"] else ""
-        names.append(f"{label(row)}{share}".replace("`", ""))
+        names.append(f"{label(row, compiled)}{share}".replace("`", ""))
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.08)

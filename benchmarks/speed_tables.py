@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from audiopress.benchmarks.cells import TRANSFORMERS
+from audiopress.benchmarks.cells import NONE, TRANSFORMERS
 from audiopress.benchmarks.random_model import ANSWER, FRAMES, LLM
 
 Row = dict[str, Any]
@@ -37,10 +37,11 @@ def _tables(settings: dict[str, list[Row]], table: Callable[[Sequence[Row]], str
     return "\n\n".join(f"{words}:\n\n{table(rows)}" for words, rows in settings.items())
 
 
-def label(row: Row) -> str:
-    """Gives a method's name as a table has it."""
-    names = {TRANSFORMERS: "transformers, as it comes", "none": "ours, uncompressed"}
-    return names.get(row["method"], f"`{row['method']}`")
+def label(row: Row, compiled: bool = False) -> str:
+    """Gives a method's name as a table has it; `compiled` says that rows beside it are."""
+    names = {TRANSFORMERS: "transformers, as it comes", NONE: "ours, uncompressed"}
+    plain = compiled and not row["compile"] and row["method"] != TRANSFORMERS
+    return names.get(row["method"], f"`{row['method']}`") + ", not compiled" * plain
 
 
 def end_to_end(rows: Sequence[Row]) -> str:
@@ -57,9 +58,7 @@ def _end_to_end(rows: Sequence[Row]) -> str:
     compiled = any(row["compile"] for row in rows)
     lines = []
     for row in ordered(rows):
-        name = label(row)
-        if compiled and not row["compile"] and row["method"] != TRANSFORMERS:
-            name += ", not compiled"
+        name = label(row, compiled)
         if row["status"] != "ok":
             lines.append([name, _failure(row)])
             continue
@@ -140,7 +139,7 @@ def kernel_times(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, fl
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """Puts the uncompressed models first, and the ratios of a method under one another; otherwise as measured."""
-    order = list(dict.fromkeys([TRANSFORMERS, "none", *(row["method"] for row in rows)]))
+    order = list(dict.fromkeys([TRANSFORMERS, NONE, *(row["method"] for row in rows)]))
     return sorted(rows, key=lambda row: (order.index(row["method"]), -(row["keep_ratio"] or 0), row["seconds"]))
 
 

@@ -38,6 +38,7 @@ from audiopress.benchmarks.show import build_at
 from audiopress.benchmarks.speed_tables import end_to_end
 from audiopress.models import CompressedOmni, parts
 from audiopress.models.encoders import encode_audio, encode_video
+from audiopress.models.fast import compile_layers
 from audiopress.models.layout import Kind
 from audiopress.models.packages import FetchError
 from audiopress.models.packed import use_packed_attention
@@ -107,12 +108,10 @@ class Throughput:
     def _make_ours(self) -> None:
         if self.is_ours:
             return
-        self.is_ours = True
         use_packed_attention(self.thinker)
         if self.compiled:
-            from audiopress.models.fast import compile_layers
-
             compile_layers(self.thinker)
+        self.is_ours = True
 
 
 def encoded(model: CompressedOmni, batch: dict[str, Tensor]) -> tuple[LLMInputs, Callable[[], Any] | None]:

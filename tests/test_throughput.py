@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import make_thinker
 
-from audiopress.benchmarks import throughput, training
+from audiopress.benchmarks import random_model, throughput, training
 from audiopress.benchmarks.cells import run_cells
 from audiopress.benchmarks.environment import joules, memory_and_energy
 from audiopress.benchmarks.random_model import ANSWER, LLM, make_batch, random_thinker
@@ -27,6 +27,7 @@ def run(monkeypatch, tmp_path, capsys):
 
     def main(benchmark, *options):
         monkeypatch.setattr(benchmark, "open_thinker", lambda *_: make_thinker())
+        monkeypatch.setattr(random_model, "GRID", (3, 4, 8))  # 8 tokens per pair of frames
         output = tmp_path / "new" / "rows.jsonl"
         monkeypatch.setattr(sys, "argv", ["benchmark", *SMALL, "--output", str(output), *options])
         benchmark.main()
@@ -49,7 +50,7 @@ def test_a_row_for_every_cell(run):
         assert {name for name in TIMED if name in row} == TIMED - missing
         assert all(row[name]["n"] == 1 for name in TIMED - missing)
         assert row["tokens"]["audio"][0] == 50
-        assert row["tokens"]["video"][0] == 25 * 91
+        assert row["tokens"]["video"][0] == 3 * 8
         assert row["sequence"] - row["tokens"]["audio"][1] - row["tokens"]["video"][1] == 44
         assert row["kv_bytes"] == 2 * 2 * 16 * 4 * row["sequence"]
         assert not row["compile"]
@@ -111,8 +112,7 @@ def test_a_failing_cell_does_not_stop_the_others(run, monkeypatch):
 
 def test_compiled_rows_decode_with_a_static_cache(run, monkeypatch):
     compiled, caches = [], []
-    fast = SimpleNamespace(compile_layers=lambda thinker: compiled.append(is_packed(vision_tower(thinker))))
-    monkeypatch.setitem(sys.modules, "audiopress.models.fast", fast)
+    monkeypatch.setattr(throughput, "compile_layers", lambda x: compiled.append(is_packed(vision_tower(x))))
     generate = CompressedOmni.generate
 
     def noted(self, *args, **options):
@@ -212,6 +212,18 @@ def test_a_cpu_tells_neither_memory_nor_energy():
     assert memory_and_energy(lambda: None, 1.0, torch.device("cpu")) == {}
 
 
-def test_energy_without_pynvml(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert joules(torch.device("cuda")) is None
+def test_energy_where_the_driver_tells(monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    def handle(name):
+        if name != "GPU-12":
+            raise NVMLError
+        return name
+
+    pynvml = {"NVMLError": NVMLError, "nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": handle}
+    pynvml |= {"nvmlDeviceGetTotalEnergyConsumption": lambda handle: 5_000}
+    for module, uuid, found in ((pynvml, "12", 5.0), (pynvml, "13", None), (None, "12", None)):
+        monkeypatch.setitem(sys.modules, "pynvml", module and SimpleNamespace(**module))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, uuid=uuid: SimpleNamespace(uuid=uuid))
+        assert joules(torch.device("cuda")) == found
