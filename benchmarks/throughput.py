@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from audiopress.benchmarks.cells import (
     make_cells,
     run_cells,
 )
-from audiopress.benchmarks.environment import environment, memory_and_energy, timed
+from audiopress.benchmarks.environment import environment, finish, memory_and_energy, timed
 from audiopress.benchmarks.random_model import ANSWER, make_batch, open_thinker
 from audiopress.benchmarks.show import build_at
 from audiopress.benchmarks.speed_tables import end_to_end
@@ -89,19 +90,25 @@ class Throughput:
             compressor = build_at(self.thinker, cell["method"], cell["keep_ratio"]).to(device, self.thinker.dtype)
         model = CompressedOmni(self.thinker, compressor).eval()
         batch = make_batch(self.thinker, cell["seconds"], cell["batch"], cell["video"])
+        started = time.perf_counter()
         inputs, run_compressor = encoded(model, batch)
+        finish(device)
+        first = time.perf_counter() - started
         steps = our_steps(model, batch, inputs, self.compiled) if ours else their_steps(self.thinker, batch, inputs)
         if run_compressor is not None:
             steps["compressor"] = run_compressor
         warm_ups = COMPILED_WARM_UPS if ours and self.compiled else 1
         row: dict[str, Any] = {name: timed(run, self.repeats, device, warm_ups) for name, run in steps.items()}
-        usual = sum(warm_ups * row[name]["median"] for name in steps)
-        row["warm_up_seconds"] = max(0.0, sum(row[name]["warm_up"] for name in steps) - usual) / 1e3
+        slower = sum(row[name]["warm_up"] - warm_ups * row[name]["median"] for name in steps)
+        row["warm_up_seconds"] = first + max(0.0, slower) / 1e3
         row["ms_per_token"] = (row["answer"]["median"] - row["first_token"]["median"]) / (ANSWER - 1)
-        tower = memory_and_energy(steps["audio_tower"], row["audio_tower"]["median"], device)
+        row |= counts(model, inputs)
+        hear, answer = steps["audio_tower"], steps["answer"]
+        del inputs, run_compressor, steps  # what they hold is no part of the memory that an answer takes
+        tower = memory_and_energy(hear, row["audio_tower"]["median"], device)
         if tower:
             row["audio_tower_bytes"] = tower["peak_allocated"] - tower["held_before"]
-        row |= counts(model, inputs) | memory_and_energy(steps["answer"], row["answer"]["median"], device)
+        row |= memory_and_energy(answer, row["answer"]["median"], device)
         row["options"] = None if compressor is None else dataclasses.asdict(compressor.config)
         return row
 
