@@ -93,12 +93,13 @@ def most_alike(
         counts: tokens per clip, C numbers that sum to R.
         targets: `[T]` int64, indices, clip after clip and ascending.
         target_counts: targets per clip, C numbers that sum to T.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch" or "triton"; "auto" leaves float32 to torch, whose matrix products are faster there.
 
     Returns:
         The targets `[R]` int64 and their cosines `[R]` float32; the token itself and -inf in a clip without targets.
     """
-    if use_triton(backend, embeds) and len(tokens) and len(targets):
+    fast = embeds.dtype.itemsize == 2 or backend == "triton"
+    if use_triton(backend, embeds) and fast and len(tokens) and len(targets):
         from . import triton_alike
 
         return triton_alike.most_alike(embeds, tokens, counts, targets, target_counts, TIE)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from . import parts
 
 
-def compile_layers(thinker: nn.Module) -> None:
+def compile_layers(thinker: nn.Module, **options: Any) -> None:
     """Compiles parts of the model, on their first use: seconds for each kind of part, whatever their number.
 
     They are the layers of both towers (half of the vision tower's time goes to norms and rotary positions in float32,
     and starting the audio tower's many operations one by one takes longer than running them) and the LLM's norms and
     feed-forwards. Lengths stay open, so that another clip compiles nothing. Weights and their names stay as they are;
     results change by rounding alone.
+
+    Args:
+        thinker: the model.
+        options: further ones of `torch.compile`, as `backend`.
     """
     for part in compilable(thinker):
         if part._compiled_call_impl is None:
-            part.compile(dynamic=True)
+            part.compile(dynamic=True, **options)
 
 
 def compilable(thinker: nn.Module) -> Iterator[nn.Module]:

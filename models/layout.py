@@ -199,8 +199,8 @@ class Layout:
         """Gives how many tokens each clip of one kind has in the batch, and which sample it is in."""
         host = self.host
         samples, at = (host.kind == kind.value).nonzero(as_tuple=True)
-        owners, lengths = torch.stack([host.clip[samples, at], samples]).unique_consecutive(dim=1, return_counts=True)
-        return lengths.tolist(), owners[1].tolist()
+        lengths = torch.bincount(host.clip[samples, at])
+        return lengths.tolist(), samples[lengths.cumsum(0) - lengths].tolist()
 
     def ends_in_text(self) -> bool:
         """Tells whether the last token of every sample follows all others in all three positions, as text does."""

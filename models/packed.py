@@ -108,4 +108,9 @@ def _attend(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if can_use_varlen(q):
         return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
-    return block_attention(q, k, v, cu_seq_lens_q.diff().tolist(), scaling)[None], None
+    return _attend_padded(q, k, v, cu_seq_lens_q, scaling)[None], None
+
+
+@torch.compiler.disable  # it would be compiled anew for every list of lengths
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float) -> Tensor:
+    return block_attention(query, key, value, bounds.diff().tolist(), scaling)

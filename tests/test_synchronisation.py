@@ -14,7 +14,7 @@ from audiopress.compression.checks import deferred_checks
 
 from .compression_cases import ENCODER_SIZE, HIDDEN_SIZE, LLM, make_inputs, to
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"{name}:{p}" if p else name for name, info in available().items() for p in ("", *info.presets)]
 
 # All others never wait. A name stands for its presets, too, unless they have a row.
@@ -43,9 +43,10 @@ def waits(compressor: Compressor) -> list[str]:
 
     def note(message: Warning | str, *_: object) -> None:
         if "called a synchronizing" in str(message):
-            frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)]
-            where = next(f for f in reversed(frames) if f.filename != __file__)
-            lines.append(f"{Path(where.filename).relative_to(ROOT)}:{where.lineno}: {where.line}")
+            frames = [(Path(f.filename).resolve(), f) for f in traceback.extract_stack()]
+            own = [(path, f) for path, f in frames if path.is_relative_to(ROOT) and path != Path(__file__).resolve()]
+            path, where = own[-1]
+            lines.append(f"{path.relative_to(ROOT)}:{where.lineno}: {where.line}")
 
     with torch.no_grad(), warnings.catch_warnings(), deferred_checks():
         compressor(stream, context)  # kernels are compiled, bounds are uploaded
