@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import platform
 import statistics
@@ -81,7 +82,7 @@ def memory_and_energy(run: Callable[[], Any], milliseconds: float, device: torch
 def joules(device: torch.device) -> float | None:
     """Gives what a GPU has used since its driver was loaded; None where pynvml or the driver does not tell."""
     try:
-        import pynvml
+        pynvml = importlib.import_module("pynvml")  # required nowhere: it is of use on few machines
     except ImportError:
         return None
     try:
