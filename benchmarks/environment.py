@@ -52,35 +52,41 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def memory_and_energy(run: Callable[[], Any], milliseconds: float, device: torch.device) -> dict[str, Any]:
-    """Gives the most bytes held in a call on a GPU, and the joules it takes where driver and pynvml tell.
-
-    Args:
-        run: the call, warmed up.
-        milliseconds: that it takes; the joules are the mean of as many as fill `ENERGY_MS`.
-        device: nothing is told of a CPU.
-    """
+def memory(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """Gives the bytes held before a call on a GPU, and the most in it; nothing of a CPU."""
     if device.type != "cuda":
         return {}
     finish(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    held, before = torch.cuda.memory_allocated(device), joules(device)
-    times = 1 if before is None else math.ceil(ENERGY_MS / milliseconds)
-    for _ in range(times):
-        run()
+    held = torch.cuda.memory_allocated(device)
+    run()
     finish(device)
-    after = joules(device)
     return {
         "held_before": held,
         "peak_allocated": torch.cuda.max_memory_allocated(device),
         "peak_reserved": torch.cuda.max_memory_reserved(device),
-        "joules": None if before is None or after is None else (after - before) / times,
     }
+
+
+def energy(run: Callable[[], Any], milliseconds: float, device: torch.device) -> float | None:
+    """Gives the joules of a call that takes so long: the mean of as many as fill `ENERGY_MS`; None as `joules`."""
+    finish(device)
+    before = joules(device)
+    if before is None:
+        return None
+    times = math.ceil(ENERGY_MS / milliseconds)
+    for _ in range(times):
+        run()
+    finish(device)
+    after = joules(device)
+    return None if after is None else (after - before) / times
 
 
 def joules(device: torch.device) -> float | None:
     """Gives what a GPU has used since its driver was loaded; None where pynvml or the driver does not tell."""
+    if device.type != "cuda":
+        return None
     try:
         pynvml = importlib.import_module("pynvml")  # required nowhere: it is of use on few machines
     except ImportError:

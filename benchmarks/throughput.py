@@ -33,7 +33,7 @@ from audiopress.benchmarks.cells import (
     make_cells,
     run_cells,
 )
-from audiopress.benchmarks.environment import environment, finish, memory_and_energy, timed
+from audiopress.benchmarks.environment import energy, environment, finish, memory, timed
 from audiopress.benchmarks.random_model import ANSWER, make_batch, open_thinker
 from audiopress.benchmarks.show import build_at
 from audiopress.benchmarks.speed_tables import end_to_end
@@ -105,10 +105,10 @@ class Throughput:
         row |= counts(model, inputs)
         hear, answer = steps["audio_tower"], steps["answer"]
         del inputs, run_compressor, steps  # what they hold is no part of the memory that an answer takes
-        tower = memory_and_energy(hear, row["audio_tower"]["median"], device)
-        if tower:
+        if tower := memory(hear, device):
             row["audio_tower_bytes"] = tower["peak_allocated"] - tower["held_before"]
-        row |= memory_and_energy(answer, row["answer"]["median"], device)
+        row |= memory(answer, device)
+        row["joules"] = energy(answer, row["answer"]["median"], device)
         row["options"] = None if compressor is None else dataclasses.asdict(compressor.config)
         return row
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from audiopress.benchmarks.cells import NONE, TRANSFORMERS, Cell, check, grid_parser, make_cells, run_cells
-from audiopress.benchmarks.environment import environment, memory_and_energy, timed
+from audiopress.benchmarks.environment import energy, environment, memory, timed
 from audiopress.benchmarks.random_model import ANSWER, make_batch, open_thinker
 from audiopress.benchmarks.show import build_at
 from audiopress.benchmarks.speed_tables import training
@@ -75,7 +75,8 @@ class Training:
         run = step(forward, [p for p in model.parameters() if p.requires_grad], device)
         row: dict[str, Any] = {"step": timed(run, self.repeats, device)}
         row["samples_per_second"] = 1e3 * cell["batch"] / row["step"]["median"]
-        row |= memory_and_energy(run, row["step"]["median"], device)
+        row |= memory(run, device)
+        row["joules"] = energy(run, row["step"]["median"], device)
         row["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with torch.no_grad():
             row |= counts(model.eval(), model.encode(**batch)[0])
