@@ -27,7 +27,9 @@ from audiopress.benchmarks.environment import environment
 from audiopress.kernels import (
     adjacent_cosine,
     attention_received,
+    causal_attention,
     farthest_first,
+    gather_rows,
     greedy_map,
     most_alike,
     segment_merge,
@@ -45,7 +47,9 @@ OPS = (
     "ward_greedy",
     "farthest_first",
     "greedy_map",
+    "gather_rows",
     "attention_received",
+    "causal_attention",
 )
 BACKENDS = ("eager", "compile", "triton", "copy", "flash")
 ENCODER = (16 * (12844,), 1280)  # states of 16 clips of 256.89 s in the audio tower
@@ -66,6 +70,7 @@ class Cell:
         bytes: that forward must read and write at least; None if it is not bound by memory.
         backward: bytes of forward and backward.
         flash: flash attention on the same shape.
+        loops: the reference is a loop over results of its own, which torch.compile leaves as it is: not timed.
         dtype: of what is read.
     """
 
@@ -76,6 +81,7 @@ class Cell:
     bytes: int | None = None
     backward: int | None = None
     flash: Callable[[], Tensor] | None = None
+    loops: bool = False
     dtype: str = "bfloat16"
 
 
@@ -146,6 +152,7 @@ def ward_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
         op="ward_greedy",
         shape=f"{len(lengths)} x {lengths[0]:,} x {width:,} to 1/{keep}",
         run=lambda backend: ward_greedy(x, weights, lengths, budget, backend=backend),
+        loops=True,
     )
 
 
@@ -158,6 +165,7 @@ def choice_cell(choose: Callable[..., Tensor], lengths: tuple[int, ...], width: 
         op=choose.__name__,
         shape=f"{len(lengths)} x {lengths[0]:,} x {width:,} to 1/{keep}",
         run=lambda backend: choose(*tokens, lengths, budget, backend),
+        loops=True,
     )
 
 
@@ -182,6 +190,41 @@ def attention_cell(lengths: tuple[int, ...], heads: int, key_heads: int, size: i
     )
 
 
+def gather_cell(text: int, lengths: tuple[int, ...], kept: tuple[int, ...], width: int) -> Cell:
+    """Gives the cell of the rewrite: rows of the text, and all that is kept of sound and pictures."""
+    sources = [torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for n in (sum(lengths) + text, *kept)]
+    moved = torch.arange(text, text + sum(kept), device="cuda") + sum(lengths)
+    index = torch.cat([torch.arange(text, device="cuda"), moved])
+    size = len(index) * width * 2
+    return Cell(
+        op="gather_rows",
+        shape=f"{len(index):,} x {width:,} of {sum(map(len, sources)):,}",
+        run=lambda *sources, backend: gather_rows(sources, index, backend),
+        inputs=sources,
+        bytes=2 * size + index.nbytes,
+        backward=2 * size + 2 * index.nbytes + size + sum(x.nbytes for x in sources),
+    )
+
+
+def causal_cell(length: int, heads: int, key_heads: int, size: int) -> Cell:
+    """Gives the cell of a prompt's attention with a bias per key."""
+    q, k, v = (
+        torch.randn(1, length, h, size, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for h in (heads, key_heads, key_heads)
+    )
+    bias, scale = torch.rand(1, length, device="cuda").exp(), 1 / math.sqrt(size)
+
+    def flash() -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+    return Cell(
+        op="causal_attention",
+        shape=f"{length:,}, {heads} heads, d {size}",
+        run=lambda backend: causal_attention(q, k, v, bias, scale, backend),
+        flash=flash,
+    )
+
+
 CELLS: list[Callable[[], Cell]] = [
     partial(cosine_cell, *ENCODER),
     partial(cosine_cell, *STREAM),
@@ -195,9 +238,11 @@ CELLS: list[Callable[[], Cell]] = [
     partial(ward_cell, BLOCKS[0], ENCODER[1], 2),
     partial(choice_cell, farthest_first, *STREAM, 4),
     partial(choice_cell, greedy_map, *STREAM, 4),
+    partial(gather_cell, 44, (6422, 2275), (1606, 2275), STREAM[1]),
     partial(attention_cell, *BLOCKS),
     partial(attention_cell, *PREFILL),
     partial(attention_cell, STREAM[0], *PREFILL[1:], log=True),
+    partial(causal_cell, 3925, *PREFILL[1:]),
 ]
 
 
@@ -269,6 +314,7 @@ def main() -> None:
             if cell.op not in args.ops:
                 continue
             without = {name for name, x in (("copy", cell.bytes), ("flash", cell.flash)) if x is None}
+            without |= {"compile"} if cell.loops else set()
             for backward in (False, True) if cell.backward else (False,):
                 for backend in [b for b in args.backends if b not in without]:
                     row = {"op": cell.op, "shape": cell.shape, "dtype": cell.dtype, "backend": backend}

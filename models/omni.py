@@ -41,7 +41,7 @@ ON_HOST = ("feature_attention_mask", "video_grid_thw", "video_second_per_grid", 
 PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
 # Against what a checkpoint's own generation config may ask for; the last three are transformers' defaults.
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-CACHE_BUCKET = 1024  # tokens; a guess: shorter ones compile more often, longer ones attend to more emptiness
+CACHE_BUCKET = 4096  # tokens; a guess: shorter ones compile more often, longer ones attend to more emptiness
 TRAINABLE = ("compressor", "adapter", "projector")
 
 
