@@ -14,7 +14,7 @@ from torch.nn import functional
 def upload(numbers: Tensor | Sequence[int], device: torch.device | None = None) -> Tensor:
     """Gives whole numbers as int64 on a device, without waiting for what it still has to do."""
     tensor = torch.as_tensor(numbers, dtype=torch.long)
-    if device is None or device.type != "cuda" or tensor.is_cuda:
+    if device is None or device.type != "cuda" or tensor.is_cuda or torch.compiler.is_compiling():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # from other memory it would wait
 

@@ -16,6 +16,16 @@ ROWS, COLUMNS, WARPS, STAGES = 128, 64, 8, 3  # a guess
 
 
 @triton.jit
+def _mix(logits, value, peak, total, mixed):
+    """Goes on with the softmax by some more keys; each row has seen one by now."""
+    new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+    weights = tl.exp2(logits - new_peak[:, None])
+    fade = tl.exp2(peak - new_peak)
+    mixed = tl.dot(weights.to(value.dtype), value, mixed * fade[:, None], input_precision="ieee")
+    return new_peak, total * fade + tl.sum(weights, axis=1), mixed
+
+
+@triton.jit
 def _attend(
     query,
     key,
@@ -47,24 +57,26 @@ def _attend(
     bias += batch.to(tl.int64) * length
     row, column, channel = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, SIZE)
     q = tl.load(query + row.to(tl.int64)[:, None] * q_row + channel[None, :], mask=(row < length)[:, None], other=0)
+    key += channel[:, None] + column.to(tl.int64)[None, :] * k_row
+    value += column.to(tl.int64)[:, None] * v_row + channel[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, SIZE], tl.float32)
-    stop = tl.minimum(length, (tile + 1) * ROWS)
-    for first in range(0, stop, COLUMNS):
+    whole = tile * ROWS // COLUMNS * COLUMNS  # keys that all rows see, in whole steps
+    for first in range(0, whole, COLUMNS):
+        logits = tl.dot(q, tl.load(key), input_precision="ieee") * scale + tl.load(bias + first + column)[None, :]
+        peak, total, mixed = _mix(logits, tl.load(value), peak, total, mixed)
+        key += COLUMNS * k_row
+        value += COLUMNS * v_row
+    for first in range(whole, tl.minimum(length, (tile + 1) * ROWS), COLUMNS):
         at = first + column
         inside = at < length
-        k = tl.load(key + at.to(tl.int64)[None, :] * k_row + channel[:, None], mask=inside[None, :], other=0)
-        b = tl.load(bias + at, mask=inside, other=0)
-        logits = tl.dot(q, k, input_precision="ieee") * scale + b[None, :]
+        k = tl.load(key, mask=inside[None, :], other=0)
+        logits = tl.dot(q, k, input_precision="ieee") * scale + tl.load(bias + at, mask=inside, other=0)[None, :]
         logits = tl.where((at[None, :] <= row[:, None]) & inside[None, :], logits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, axis=1))  # the first tile holds a key that every row sees
-        weights = tl.exp2(logits - new_peak[:, None])
-        fade = tl.exp2(peak - new_peak)
-        total = total * fade + tl.sum(weights, axis=1)
-        v = tl.load(value + at.to(tl.int64)[:, None] * v_row + channel[None, :], mask=inside[:, None], other=0)
-        mixed = mixed * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        peak = new_peak
+        peak, total, mixed = _mix(logits, tl.load(value, mask=inside[:, None], other=0), peak, total, mixed)
+        key += COLUMNS * k_row
+        value += COLUMNS * v_row
     target = out + (tl.program_id(1).to(tl.int64) * length + row)[:, None] * SIZE + channel[None, :]
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(row < length)[:, None])
 

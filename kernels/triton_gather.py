@@ -1,7 +1,4 @@
-"""Triton kernel of `gather_rows`: a program copies a row from whichever source holds it.
-
-The gradient of a source is gathered, too: each of its rows from where it went, or zeros.
-"""
+"""Triton kernel of `gather_rows`: a program copies a row from whichever source holds it."""
 
 from __future__ import annotations
 
@@ -85,11 +82,11 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gathers with the inverse of the index."""
+        """Puts every row back; what was not gathered has none."""
         (index,) = ctx.saved_tensors
         counts = [n for n, _ in ctx.sources]
         total = sum(counts)
-        went = index.new_full((total + 1,), -1)  # the last entry takes the rows of zeros, and is dropped
-        went.scatter_(0, index.where(index >= 0, total), torch.arange(len(index), device=index.device))
-        parts = zip(ctx.needs_input_grad[1:], went[:total].split(counts), ctx.sources, strict=True)
-        return None, *(_rows([grad], back, dtype) if needed else None for needed, back, (_, dtype) in parts)
+        rows = grad.new_zeros(total + 1, grad.shape[1])  # the last one takes what came from no source
+        rows.index_copy_(0, index.where(index >= 0, total), grad)
+        parts = zip(ctx.needs_input_grad[1:], rows[:total].split(counts), ctx.sources, strict=True)
+        return None, *(part.to(dtype) if needed else None for needed, part, (_, dtype) in parts)

@@ -37,17 +37,18 @@ def test_other_lengths_compile_nothing(fresh_thinker):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["pooling", "ward", "atome:encoder"])
-def test_compiled_generation_gives_the_same_tokens(fresh_thinker, method):
+@pytest.mark.parametrize(("method", "options"), [("pooling", {}), ("ward", {}), ("atome:encoder", {"layers": 2})])
+def test_compiled_generation_gives_the_same_tokens(fresh_thinker, method, options):
     """In float32, for several lengths in one cache and in another."""
     torch._dynamo.reset()
     fresh_thinker.cuda()
     use_packed_attention(fresh_thinker)
-    model = CompressedOmni(fresh_thinker, build(method, keep_ratio=0.5, hidden_size=32, encoder_size=24)).eval().cuda()
+    compressor = build(method, keep_ratio=0.5, hidden_size=32, encoder_size=24, **options)
+    model = CompressedOmni(fresh_thinker, compressor).eval().cuda()
     batches = [{k: v.cuda() for k, v in batch(n, 2, n).items()} for n in (430, 330, 4300)]
-    options = {"max_new_tokens": 12, "min_new_tokens": 12}
-    want = [model.generate(**b, **options) for b in batches]
+    length = {"max_new_tokens": 12, "min_new_tokens": 12}
+    want = [model.generate(**b, **length) for b in batches]
     compile_layers(fresh_thinker)
     model.static_cache = True
     for b, tokens in zip(batches, want, strict=True):
-        assert torch.equal(model.generate(**b, **options), tokens)
+        assert torch.equal(model.generate(**b, **length), tokens)
