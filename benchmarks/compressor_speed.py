@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--keep-ratio", type=float, default=None, help="default: each method's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/compressor_speed.jsonl"))
+    parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
+    parser.add_argument("--output", type=Path, default=Path("runs/compressors.jsonl"))
     args = parser.parse_args()
     sizes = {f.name: getattr(QWEN_7B, f.name) for f in dataclasses.fields(QWEN_7B)}
     options = {} if args.keep_ratio is None else {"keep_ratio": args.keep_ratio}
@@ -83,7 +84,7 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stream, context = inputs(args.seconds, 0, device, dtype)
-    where = environment(device)
+    where = environment(device, args.commit)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = ["| method | tokens out | seconds |", "|---|---|---|"]
     with args.output.open("a") as file:

@@ -303,9 +303,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: needs a CUDA device")
     torch.manual_seed(0)
-    where = environment(torch.device("cuda"))
-    if args.commit:
-        where |= {"commit": args.commit, "dirty": False}
+    where = environment(torch.device("cuda"), args.commit)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print("| operation | shape | pass | backend | ms | GB/s |", "|---|---|---|---|---|---|", sep="\n")
     with args.output.open("a") as file:

@@ -15,6 +15,7 @@ KEYS = {  # what tells two cells of a benchmark apart
     "throughput": MODEL_KEYS,
     "long": MODEL_KEYS,
     "training": MODEL_KEYS,
+    "compressors": ("method", "clip_seconds"),
     "kernels": ("op", "shape", "pass", "backend", "dtype"),
 }
 PICTURES = {  # by benchmark: what the picture is called and shows, and who draws it
@@ -24,18 +25,21 @@ PICTURES = {  # by benchmark: what the picture is called and shows, and who draw
     ),
     "long": (("speed_long", "Time and memory against the length of the sound", speed_plots.plot_long),),
     "training": (),
+    "compressors": (),
     "kernels": (("speed_kernels", "Bandwidth and speed-up of every kernel", speed_plots.plot_kernels),),
 }
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "throughput": speed_tables.end_to_end,
     "long": speed_tables.long,
     "training": speed_tables.training,
+    "compressors": speed_tables.compressors,
     "kernels": speed_tables.kernels,
 }
 TITLES = {
     "throughput": "From a clip to an answer",
     "long": "Long sound",
     "training": "A training step",
+    "compressors": "Compressing alone",
     "kernels": "Kernels",
 }
 

@@ -110,6 +110,15 @@ def _training(rows: Sequence[Row]) -> str:
     return markdown(head, lines)
 
 
+def compressors(rows: Sequence[Row]) -> str:
+    """Gives the table of compressing alone, the slowest first; methods that act inside the tower have no row."""
+    lines = []
+    for row in sorted((r for r in rows if r["status"] == "ok"), key=lambda r: -r["ms"]["median"]):
+        kept = row["tokens_out"] / row["tokens_in"]
+        lines.append([label(row), f"{row['tokens_out']:,} ({100 * kept:.3g} %)", f"{row['ms']['median']:.1f}"])
+    return markdown(["", f"of {rows[0]['tokens_in']:,} tokens", "ms"], lines)
+
+
 def kernels(rows: Sequence[Row]) -> str:
     """Gives the table of the kernels: ms of every back end, and the fast one against the others."""
     names = ("eager", "compile", "triton")

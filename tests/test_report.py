@@ -227,3 +227,15 @@ def test_text_goes_between_marks(tmp_path):
     assert page.read_text() == "a\n<!-- speed -->\n\nnewer\n\n<!-- /speed -->\nb\n"
     with pytest.raises(ValueError, match="lacks the marks <!-- other -->"):
         report.replace_between(page, "other", "text")
+
+
+def test_compressing_alone_is_sorted_by_time():
+    rows = [
+        WHERE | {"method": name, "status": "ok", "ms": ms(time), "tokens_in": 400, "tokens_out": 100}
+        for name, time in (("pooling", 0.7), ("echoing", 26.0))
+    ]
+    failure = WHERE | {"method": "none", "status": "failed", "message": "no", "tokens_in": 400}
+    assert speed_tables.compressors([*rows, failure]).splitlines()[2:] == [
+        "| `echoing` | 100 (25 %) | 26.0 |",
+        "| `pooling` | 100 (25 %) | 0.7 |",
+    ]
