@@ -196,8 +196,9 @@ def plot_long(rows: Sequence[Row], path: Path, caption: str) -> Path:
         axes.set_xlabel("minutes of sound", size=9, color=INK)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-    note = f"hollow: more than {WINDOW:,} tokens,\nwhich the LLM was not trained on"
-    figure.text(0.99, 0.13, note, size=7.5, color=FAINT, ha="right")
+    if any(row["sequence"] > WINDOW for row in rows):
+        note = f"hollow: more than {WINDOW:,} tokens,\nwhich the LLM was not trained on"
+        figure.text(0.99, 0.13, note, size=7.5, color=FAINT, ha="right")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="center right", **legend_style())
     return save(figure, path)
 
