@@ -1,4 +1,4 @@
-"""Reads the encoder of a Whisper model stored in CTranslate2's binary format (version 6), without CTranslate2."""
+"""Reads a Whisper model stored in CTranslate2's binary format (version 6), without CTranslate2."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import struct
 
 import torch
 from torch import Tensor
-from transformers import WhisperConfig
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
 _DTYPES = {0: torch.float32, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.float16, 5: torch.bfloat16}
-_LAYER_PARTS = {
-    "self_attn_layer_norm": "self_attention/layer_norm",
-    "self_attn.out_proj": "self_attention/linear_1",
-    "final_layer_norm": "ffn/layer_norm",
-    "fc1": "ffn/linear_0",
-    "fc2": "ffn/linear_1",
+# Parts of a layer: theirs, and ours; several of ours lie one after another in one of theirs.
+_ENCODER_PARTS = {
+    "self_attention/layer_norm": ["self_attn_layer_norm"],
+    "self_attention/linear_0": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "self_attention/linear_1": ["self_attn.out_proj"],
+    "ffn/layer_norm": ["final_layer_norm"],
+    "ffn/linear_0": ["fc1"],
+    "ffn/linear_1": ["fc2"],
+}
+_DECODER_PARTS = _ENCODER_PARTS | {
+    "attention/layer_norm": ["encoder_attn_layer_norm"],
+    "attention/linear_0": ["encoder_attn.q_proj"],
+    "attention/linear_1": ["encoder_attn.k_proj", "encoder_attn.v_proj"],
+    "attention/linear_2": ["encoder_attn.out_proj"],
 }
 
 
@@ -58,36 +66,86 @@ def read_tensors(data: bytes | bytearray) -> dict[str, Tensor]:
 
 
 def whisper_encoder(data: bytes | bytearray) -> WhisperEncoder:
-    """Builds transformers' Whisper encoder, float32, with the weights in `data`.
+    """Builds transformers' Whisper encoder, float32, with the weights in `data`."""
+    stored = read_tensors(data)
+    encoder = WhisperEncoder(WhisperConfig(**_encoder_sizes(stored)))
+    encoder.load_state_dict(_encoder_state(stored))
+    return encoder.eval()
+
+
+def whisper_model(data: bytes | bytearray) -> WhisperForConditionalGeneration:
+    """Builds transformers' Whisper, float32, with the weights in `data`; the ids of its special tokens are not there."""
+    stored = read_tensors(data)
+    model = WhisperForConditionalGeneration(WhisperConfig(**_encoder_sizes(stored), **_decoder_sizes(stored)))
+    state = {f"model.encoder.{k}": v for k, v in _encoder_state(stored).items()}
+    state |= {f"model.decoder.{k}": v for k, v in _decoder_state(stored).items()}
+    model.load_state_dict(state | {"proj_out.weight": state["model.decoder.embed_tokens.weight"]})
+    return model.eval()
+
+
+def _encoder_sizes(stored: dict[str, Tensor]) -> dict[str, int]:
+    width, mel_bins, _ = stored["encoder/conv1/weight"].shape
+    return {
+        "d_model": width,
+        "num_mel_bins": mel_bins,
+        "max_source_positions": len(stored["encoder/position_encodings/encodings"]),
+        **_layer_sizes(stored, "encoder"),
+    }
+
+
+def _decoder_sizes(stored: dict[str, Tensor]) -> dict[str, int]:
+    return {
+        "vocab_size": len(stored["decoder/embeddings/weight"]),
+        "max_target_positions": len(stored["decoder/position_encodings/encodings"]),
+        **_layer_sizes(stored, "decoder"),
+    }
+
+
+def _layer_sizes(stored: dict[str, Tensor], side: str) -> dict[str, int]:
+    return {
+        f"{side}_layers": sum(k.startswith(f"{side}/") and k.endswith("/ffn/linear_0/weight") for k in stored),
+        f"{side}_attention_heads": int(stored[f"{side}/num_heads"]),
+        f"{side}_ffn_dim": len(stored[f"{side}/layer_0/ffn/linear_0/weight"]),
+    }
+
+
+def _encoder_state(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives the encoder's weights by transformers' names.
 
     The position table is computed, not read: the stored one is the same sinusoids rounded to 16 bits.
     """
-    stored = {k.removeprefix("encoder/"): v.float() for k, v in read_tensors(data).items() if k.startswith("encoder/")}
-    width, mel_bins, _ = stored["conv1/weight"].shape
-    layers = sum(key.endswith("ffn/linear_0/weight") for key in stored)
-    config = WhisperConfig(
-        d_model=width,
-        num_mel_bins=mel_bins,
-        encoder_layers=layers,
-        encoder_attention_heads=int(stored["num_heads"]),
-        encoder_ffn_dim=stored["layer_0/ffn/linear_0/weight"].shape[0],
-        max_source_positions=stored["position_encodings/encodings"].shape[0],
-    )
-
-    state = {"embed_positions.weight": sinusoids(config.max_source_positions, width)}
+    positions, width = stored["encoder/position_encodings/encodings"].shape
+    state = {"embed_positions.weight": sinusoids(positions, width)}
     for conv in ("conv1", "conv2"):
-        state |= {f"{conv}.{kind}": stored[f"{conv}/{kind}"] for kind in ("weight", "bias")}
-    state |= {"layer_norm.weight": stored["layer_norm/gamma"], "layer_norm.bias": stored["layer_norm/beta"]}
-    for i in range(layers):
-        for ours, theirs in _LAYER_PARTS.items():
-            weight, bias = ("gamma", "beta") if ours.endswith("layer_norm") else ("weight", "bias")
-            state[f"layers.{i}.{ours}.weight"] = stored[f"layer_{i}/{theirs}/{weight}"]
-            state[f"layers.{i}.{ours}.bias"] = stored[f"layer_{i}/{theirs}/{bias}"]
-        for kind in ("weight", "bias"):
-            fused = stored[f"layer_{i}/self_attention/linear_0/{kind}"].chunk(3)
-            state |= {f"layers.{i}.self_attn.{x}_proj.{kind}": v for x, v in zip("qkv", fused, strict=True)}
-        key_bias = state.pop(f"layers.{i}.self_attn.k_proj.bias")
-        assert not key_bias.any(), "Whisper's key projection has no bias"
-    encoder = WhisperEncoder(config)
-    encoder.load_state_dict(state)
-    return encoder.eval()
+        state |= {f"{conv}.{kind}": stored[f"encoder/{conv}/{kind}"].float() for kind in ("weight", "bias")}
+    return state | _layers_state(stored, "encoder", _ENCODER_PARTS)
+
+
+def _decoder_state(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives the decoder's weights by transformers' names; its position table is learned."""
+    return {
+        "embed_tokens.weight": stored["decoder/embeddings/weight"].float(),
+        "embed_positions.weight": stored["decoder/position_encodings/encodings"].float(),
+        **_layers_state(stored, "decoder", _DECODER_PARTS),
+    }
+
+
+def _layers_state(stored: dict[str, Tensor], side: str, parts: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Gives the weights of one side's layers and of its last norm."""
+    state = _part_state(stored, f"{side}/layer_norm", ["layer_norm"])
+    for i in range(_layer_sizes(stored, side)[f"{side}_layers"]):
+        for theirs, ours in parts.items():
+            state |= _part_state(stored, f"{side}/layer_{i}/{theirs}", [f"layers.{i}.{name}" for name in ours])
+    for name in [name for name in state if name.endswith("k_proj.bias")]:
+        assert not state.pop(name).any(), "Whisper's key projection has no bias"
+    return state
+
+
+def _part_state(stored: dict[str, Tensor], theirs: str, ours: list[str]) -> dict[str, Tensor]:
+    """Gives weight and bias of a norm, or of the linear layers that are stored as one."""
+    kinds = ("gamma", "beta") if theirs.endswith("layer_norm") else ("weight", "bias")
+    state = {}
+    for kind, their_kind in zip(("weight", "bias"), kinds, strict=True):
+        chunks = stored[f"{theirs}/{their_kind}"].float().chunk(len(ours))
+        state |= {f"{name}.{kind}": chunk for name, chunk in zip(ours, chunks, strict=True)}
+    return state
