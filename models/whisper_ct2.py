@@ -74,7 +74,7 @@ def whisper_encoder(data: bytes | bytearray) -> WhisperEncoder:
 
 
 def whisper_model(data: bytes | bytearray) -> WhisperForConditionalGeneration:
-    """Builds transformers' Whisper, float32, with the weights in `data`; the ids of its special tokens are not there."""
+    """Builds transformers' Whisper, float32, with the weights in `data`; what its tokens mean is not there."""
     stored = read_tensors(data)
     model = WhisperForConditionalGeneration(WhisperConfig(**_encoder_sizes(stored), **_decoder_sizes(stored)))
     state = {f"model.encoder.{k}": v for k, v in _encoder_state(stored).items()}
