@@ -66,7 +66,10 @@ def causal_attention(
     Returns:
         `[B, H, L, d]`.
     """
-    if use_triton(backend, query) and (backend == "triton" or has_causal_kernel(query)):
+    inputs = (query, key, value, key_bias)
+    if use_triton(backend, query) and (backend == "triton" or has_causal_kernel(*inputs)):
+        if _needs_gradient(*inputs):
+            raise ValueError("the kernel of causal_attention has no backward pass: choose backend 'torch' or 'auto'")
         from . import triton_causal
 
         return triton_causal.causal_attention(query, key, value, key_bias, scale)
@@ -77,11 +80,15 @@ def causal_attention(
     return mixed[..., :size]
 
 
-def has_causal_kernel(query: Tensor) -> bool:
-    """Tells whether the kernel of `causal_attention` takes these queries: half precision, no gradient, 2^n channels."""
+def has_causal_kernel(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor) -> bool:
+    """Tells whether the kernel of `causal_attention` takes these: half precision, no gradient, 2^n channels."""
     size = query.shape[-1]
-    fits = query.dtype in HALF and 16 <= size <= 128 and size & (size - 1) == 0
-    return fits and not (torch.is_grad_enabled() and query.requires_grad)
+    fits = query.dtype == key.dtype == value.dtype in HALF and 16 <= size <= 128 and size & (size - 1) == 0
+    return fits and not _needs_gradient(query, key, value, key_bias)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def append_key_bias(

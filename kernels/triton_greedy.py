@@ -47,7 +47,8 @@ def _farthest(table, memory, nearest, chosen, BLOCK: tl.constexpr):
     distance = tl.where(inside, float("inf"), float("-inf"))  # to the nearest chosen token, -inf for those chosen
     for step in range(steps):
         most = tl.max(gain, axis=0)
-        best = tl.min(tl.where(gain >= most - TIE, token, BLOCK), axis=0)
+        # NaN is near nothing: then it is the last token, which is there at least.
+        best = tl.min(tl.where(inside & (gain >= most - TIE), token, length - 1), axis=0)
         tl.store(chosen + best, 1.0, mask=(step == 0) | (most > TIE))
         row = tl.load(cosine + best * stride + token, mask=inside, other=0)
         distance = tl.where(token == best, float("-inf"), tl.minimum(distance, 1 - row))

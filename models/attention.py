@@ -137,7 +137,7 @@ def _attend(
     )
     if whole and kwargs.get("is_causal") is not False:  # a prompt without padding; a static cache is longer, and empty
         key, value = key[:, :, :queries], value[:, :, :queries]
-        if query.is_cuda and has_causal_kernel(query):
+        if query.is_cuda and has_causal_kernel(query, key, value, bias):
             return causal_attention(query, key, value, bias, scaling).transpose(1, 2).contiguous(), None
     output, weights = attend(
         *append_key_bias(query, key, value, _fit(bias, key.shape[2])[:, None, :, None], scaling),

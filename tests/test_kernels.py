@@ -3,6 +3,7 @@
 import torch
 
 from audiopress.kernels import adjacent_cosine, pad_clips, top_k, unpad_clips
+from audiopress.kernels.attention import has_causal_kernel
 
 LENGTHS = (5, 0, 1, 9, 2)
 
@@ -43,3 +44,15 @@ def test_pad_clips():
     assert unpad_clips(padded, LENGTHS).tolist() == list(range(17))
     none, _ = pad_clips(torch.empty(0, 3), (0, 0))
     assert unpad_clips(none, (0, 0)).shape == (0, 3)
+
+
+def test_the_kernel_without_a_backward_pass_is_not_for_training():
+    tensors = [torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16) for _ in range(3)] + [torch.zeros(1, 3)]
+    assert has_causal_kernel(*tensors)
+    assert not has_causal_kernel(tensors[0].float(), *tensors[1:])
+    assert not has_causal_kernel(*(x[..., :12] for x in tensors[:3]), tensors[3])
+    for i in range(4):
+        some = [x.clone().requires_grad_(i == j) for j, x in enumerate(tensors)]
+        assert not has_causal_kernel(*some)
+        with torch.no_grad():
+            assert has_causal_kernel(*some)

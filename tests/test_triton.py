@@ -27,6 +27,7 @@ from audiopress.kernels import (
     top_k,
     ward_greedy,
 )
+from audiopress.kernels.greedy import Clip
 from audiopress.kernels.select import TIE
 from audiopress.kernels.ward import ward_heights
 
@@ -428,6 +429,23 @@ def test_greedy_choices_where_nothing_new_is_left():
 
 
 @on_device
+@pytest.mark.parametrize("lengths", [(5, 12), (8, 8)])
+def test_greedy_choices_of_nan_mark_no_other_clip(lengths):
+    """On a GPU NaN is told of after they ran."""
+    from audiopress.kernels import triton_greedy
+
+    embeds, quality = randn(sum(lengths), 33), torch.ones(sum(lengths), device=DEVICE)
+    embeds[1, 0] = torch.nan
+    clips = [Clip(0, lengths[0], 3)]
+    for nan_quality in (quality, quality * torch.nan):
+        farthest, probable = torch.zeros(2, 64, device=DEVICE)
+        triton_greedy.farthest_first(embeds, clips, farthest[: len(embeds)])
+        triton_greedy.greedy_map(nan_quality, embeds, clips, probable[: len(embeds)])
+        assert not farthest[lengths[0] :].any()
+        assert not probable[lengths[0] :].any()
+
+
+@on_device
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
 @pytest.mark.parametrize(
     ("length", "size", "heads", "key_heads"), [(1, 16, 2, 2), (41, 16, 2, 1)] + [(1999, 128, 28, 4)] * (not INTERPRETED)
@@ -445,6 +463,8 @@ def test_causal_attention(length, size, heads, key_heads, dtype, monkeypatch):
     logits = q.double() @ k.transpose(2, 3) * scale + bias.double()[:, None, None]
     hidden = torch.ones(length, length, dtype=torch.bool, device=DEVICE).triu(1)
     check(found, plain, logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v)
+    with pytest.raises(ValueError, match="no backward pass"):
+        causal_attention(q, q, q.clone().requires_grad_(), bias, scale, "triton")
 
 
 @on_device
