@@ -77,19 +77,20 @@ def _vision_plan(
     tower: type, grids: tuple[tuple[int, ...], ...], merge: int, window: int, patch: int, device: torch.device
 ) -> dict[str, Any]:
     theirs: Any = inspect.getmodule(tower)
-    grid = torch.tensor(grids)
-    index, windows = theirs.get_vision_window_index(
-        grid, spatial_merge_size=merge, window_size=window, patch_size=patch
-    )
-    frames = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0])
-    return {
-        "position_ids": theirs.get_vision_position_ids(grid, merge).to(device),
-        "window_index": index.to(device),
-        "cu_window_seqlens": windows.to(device),
-        "max_window_seqlen": int(windows.diff().max()),
-        "cu_seqlens": bounds(tuple(frames.tolist()), device),
-        "max_seqlen": int(frames.max()),
-    }
+    with torch.inference_mode(False):  # it may be used again where there are gradients
+        grid = torch.tensor(grids)
+        index, windows = theirs.get_vision_window_index(
+            grid, spatial_merge_size=merge, window_size=window, patch_size=patch
+        )
+        frames = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0])
+        return {
+            "position_ids": theirs.get_vision_position_ids(grid, merge).to(device),
+            "window_index": index.to(device),
+            "cu_window_seqlens": windows.to(device),
+            "max_window_seqlen": int(windows.diff().max()),
+            "cu_seqlens": bounds(tuple(frames.tolist()), device),
+            "max_seqlen": int(frames.max()),
+        }
 
 
 def _attend(

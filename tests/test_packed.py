@@ -97,6 +97,15 @@ def test_a_grid_is_worked_out_once(towers):
     assert vision_plan(tower, GRIDS[:2], torch.device("cpu"))["max_seqlen"] == 96
 
 
+def test_a_grid_seen_in_inference_mode_serves_training(towers):
+    grids = [(1, 4, 12)]
+    with torch.inference_mode():
+        encode_video(towers[1], *pixels(grids))
+    values, grid = pixels(grids)
+    encode_video(towers[1], values.requires_grad_(), grid).sum().backward()
+    assert values.grad.isfinite().all()
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_on_a_gpu_flash_attention_runs_them(towers):
