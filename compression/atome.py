@@ -120,9 +120,10 @@ class AToMe(MergeCompressor, EncoderMethod):
         rounds = 0
         while any(more := excess(states.lengths, targets)) or (self.adaptive and not rounds):
             counts, lengths = self.pair(states.embeds.detach() if keys is None else keys, states.lengths, more)
+            weights = None if self.config.average == "size" else torch.ones_like(states.sizes)
             if keys is not None:
-                keys = segment_mean(keys, states.sizes, counts)
-            states = merge_runs(states, counts, lengths, plain=self.config.average == "plain")
+                keys = segment_mean(keys, states.sizes if weights is None else weights, counts)
+            states = merge_runs(states, counts, lengths, weights)
             rounds += 1
         return states
 

@@ -153,7 +153,7 @@ class MergeCompressor(Compressor):
 
 
 def merge_runs(
-    stream: TokenStream, counts: Tensor, lengths: Sequence[int] | None = None, plain: bool = False
+    stream: TokenStream, counts: Tensor, lengths: Sequence[int] | None = None, weights: Tensor | None = None
 ) -> TokenStream:
     """Replaces every run of `counts` `[M]` tokens by their mean, at their centre.
 
@@ -161,13 +161,13 @@ def merge_runs(
         stream: the tokens.
         counts: tokens per run; no run crosses from one clip into another.
         lengths: runs per clip, where they are known; to count them is to wait for the GPU.
-        plain: the mean counts all tokens alike, instead of by their sizes.
+        weights: `[N]`, of the mean. Default: the sizes.
     """
-    if plain:
-        embeds = segment_mean(stream.embeds, torch.ones_like(stream.sizes), counts)
-        slots, sizes = segment_centres(stream.slots, stream.sizes, counts)
-    else:
+    if weights is None:
         embeds, slots, sizes = segment_merge(stream.embeds, stream.slots, stream.sizes, counts)
+    else:
+        embeds = segment_mean(stream.embeds, weights, counts)
+        slots, sizes = segment_centres(stream.slots, stream.sizes, counts)
     lengths = runs_per_clip(stream.lengths, counts) if lengths is None else tuple(lengths)
     return stream.replace(embeds=embeds, lengths=lengths, slots=slots, sizes=sizes)
 

@@ -155,8 +155,9 @@ class OmniZip(Compressor):
             pool: where the tokens to merge or drop are, of clips that have anchors.
             video: where the video tokens are.
         """
-        most, (tokens, _), (targets, _) = self.config.neighbours, pool, anchor
-        if most == 0 or len(tokens) == 0:
+        (tokens, per_clip), (targets, _) = pool, anchor
+        most = min(self.config.neighbours, max(per_clip, default=0))
+        if most == 0:
             return stream
         nearest, relation = relate(stream.embeds, anchor, pool, video)
         best_first = relation.argsort(descending=True, stable=True)

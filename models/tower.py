@@ -31,6 +31,7 @@ from ..kernels.packed import bounds, clip_ids, positions, upload
 from .packed import is_packed
 
 AT_ONCE = 2**16  # states that go through the layers together: 22 minutes of audio
+MOST_HALF = torch.finfo(torch.float16).max - 1000  # of a state in float16, transformers' bound
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,8 @@ def _run_layers(
             if method.proportional_attention:
                 bias = (states.blocks.sizes / STATE_SIZE).log()
         hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
+        if hidden.dtype == torch.float16:  # as the layer itself does: infinity would be NaN in the next one
+            hidden = hidden.clamp(-MOST_HALF, MOST_HALF)
     return replace(states, blocks=states.blocks.replace(embeds=hidden)), captured
 
 

@@ -11,6 +11,7 @@ import torch
 from audiopress import Compressor, Context, TokenStream, build
 from audiopress.compression import fastlongspeech, token_budget
 from audiopress.compression.affinity import join_values
+from audiopress.compression.encoder import LayerState
 from audiopress.kernels import merge_pairs, nest_runs, run_lengths
 
 from .compression_cases import ENCODER_SIZE, HIDDEN_SIZE, make_inputs
@@ -190,6 +191,20 @@ def test_atome_by_keys(heads):
     out = make("atome", keep_ratio=0.3, metric="keys", key_heads=heads)(stream, context)
     budget, keys = token_budget(LENGTHS, 0.3), keys_of(context, heads)
     check(out, [atome(c, k, m, 6) for c, k, m in zip(stream.split(), keys, budget, strict=True)])
+
+
+@pytest.mark.parametrize("average", ["size", "plain"])
+def test_atome_inside_the_tower_equals_a_loop(average):
+    """To a fifth in one layer, which takes three rounds."""
+    stream, _ = inputs(sized=True)
+    keys = torch.randn(len(stream.embeds), 6, generator=torch.Generator().manual_seed(5))
+    targets = [max(1, n // 5) if n else 0 for n in LENGTHS]
+    method = make("atome", stage="encoder", layers=(0,), metric="keys", key_heads=1, average=average)
+    out = method.reduce(stream, targets, LayerState(keys, 1, None))
+    parts = zip(stream.split(), keys.split(LENGTHS), targets, strict=True)
+    want = [token.x for clip, k, m in parts for token in atome(clip, k, m, 1, average=average)]
+    torch.testing.assert_close(out.embeds.double(), torch.stack(want), rtol=1e-5, atol=1e-5)
+    assert out.lengths == tuple(targets)
 
 
 @pytest.mark.parametrize("pairs", ["even-odd", "all-adjacent"])

@@ -67,6 +67,20 @@ def test_step_by_step_equals_transformers(thinker, needs):
 
 
 @torch.no_grad()
+def test_large_states_stay_finite_in_float16():
+    """As in transformers' layers, whose steps are taken here where something is captured."""
+    thinker = make_thinker().eval()
+    last = parts.audio_tower(thinker).layers[-1]
+    last.fc1.weight.mul_(1e3)
+    last.fc2.weight.mul_(1e3)
+    large = []
+    last.fc2.register_forward_hook(lambda *args: large.append(args[-1].isinf().any()))
+    audio, _ = encode_audio(thinker.half(), *features(), needs=frozenset({"encoder_keys"}))
+    assert large == [True]
+    assert audio.embeds.isfinite().all()
+
+
+@torch.no_grad()
 def test_keys_and_attention_are_those_of_the_last_layer(thinker):
     layer = parts.audio_tower(thinker).layers[-1].self_attn
     seen = {}
