@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from ..compression import Compressor, Context, TokenStream
@@ -25,6 +25,7 @@ from .context import fill, prompt_index
 from .encoders import encode_audio, encode_image, encode_video
 from .layout import Kind, Layout, TokenIds, audio_lengths
 from .rewrite import IGNORE, POSITIONS, LLMInputs, rewrite, scatter
+from .static_cache import KeptCache, takes_static_cache
 
 MEDIA = (
     "input_features",
@@ -41,7 +42,6 @@ ON_HOST = ("feature_attention_mask", "video_grid_thw", "video_second_per_grid", 
 PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
 # Against what a checkpoint's own generation config may ask for; the last three are transformers' defaults.
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-CACHE_BUCKET = 4096  # tokens; a guess: shorter ones compile more often, longer ones attend to more emptiness
 TRAINABLE = ("compressor", "adapter", "projector")
 
 
@@ -75,7 +75,7 @@ class CompressedOmni(nn.Module):
         positions: see `rewrite`.
 
     Attributes:
-        static_cache: whether `generate` takes a static cache unless told otherwise; `load(..., compile=True)` sets it.
+        static_cache: whether `generate` takes a static cache where it can; `load(..., compile=True)` sets it.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class CompressedOmni(nn.Module):
         self.trains_projector = False
         self.token_ids = TokenIds.from_config(thinker.config)
         self.static_cache = False
-        self._cache, self._cache_shape = None, (0, 0)
+        self._cache = KeptCache()
 
     # What Trainer and its friends ask of a model.
 
@@ -454,8 +454,9 @@ class CompressedOmni(nn.Module):
         """Generates answers with transformers' own `generate`, greedily unless told otherwise.
 
         With a static cache (`cache_implementation="static"`, or `static_cache`) transformers compiles a step of
-        decoding on a GPU, which takes half a minute once and then a third of the time per token. The cache's length is
-        rounded up to a whole `CACHE_BUCKET`, and it is used again, so that another prompt compiles nothing.
+        decoding on a GPU, which takes half a minute once and then a third of the time per token. The cache has room for
+        a whole number of `static_cache.BUCKET` tokens, is kept and used again, so that another prompt compiles nothing.
+        For that `max_new_tokens` must be given, and nothing but one sequence per prompt be asked for.
 
         Args:
             input_ids: `[B, L]` prompts, padded on either side.
@@ -469,7 +470,9 @@ class CompressedOmni(nn.Module):
             ValueError: a prompt does not end in text (there a next position could not be told from the last one).
         """
         media = {name: kwargs.pop(name) for name in MEDIA if name in kwargs}
-        with deferred_checks():
+        # Drawing from NaN stops a GPU for good: where there may be sampling, `encode` makes its checks itself.
+        sampling = kwargs.get("do_sample") or "generation_config" in kwargs
+        with nullcontext() if sampling else deferred_checks():
             return self._generate(input_ids, attention_mask, media, kwargs)
 
     def _generate(
@@ -478,14 +481,12 @@ class CompressedOmni(nn.Module):
         inputs, _ = self.encode(input_ids, attention_mask, padding_side="left", **media)
         if self.positions == "original" and not inputs.before.ends_in_text():
             raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
-        if self.static_cache and not {"cache_implementation", "past_key_values"} & kwargs.keys():
-            kwargs["cache_implementation"] = "static"
-        if kwargs.get("cache_implementation") == "static":
-            new = kwargs.get("max_new_tokens")
-            if new is not None and not {"num_beams", "num_return_sequences", "past_key_values"} & kwargs.keys():
-                del kwargs["cache_implementation"]
-                kwargs["past_key_values"] = self._empty_cache(len(input_ids), inputs.embeds.shape[1] + new)
         if "generation_config" not in kwargs:
+            mixed = torch.is_autocast_enabled(inputs.embeds.device.type)  # keys and values then differ in type
+            if takes_static_cache(kwargs, self.static_cache and not mixed):
+                kwargs.pop("cache_implementation", None)
+                text = self.config.get_text_config(decoder=True)
+                kwargs["past_key_values"] = self._cache.emptied(text, inputs.embeds, kwargs["max_new_tokens"])
             # Made here, because `generate` would first build the whole config anew, to compare: 20 ms.
             config = GenerationConfig()
             others = config.update(**({} if kwargs.get("do_sample") else GREEDY) | kwargs)
@@ -494,17 +495,6 @@ class CompressedOmni(nn.Module):
             return self.thinker.generate(
                 inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, **kwargs
             )
-
-    def _empty_cache(self, batch: int, length: int) -> StaticCache:
-        """Gives a static cache of a whole number of buckets: the last one, if it fits."""
-        shape = batch, -(-length // CACHE_BUCKET) * CACHE_BUCKET
-        if shape != self._cache_shape:
-            self._cache = None  # before the new one takes its memory
-            self._cache = StaticCache(self.config.get_text_config(decoder=True), max_cache_len=shape[1])
-            self._cache_shape = shape
-        else:
-            self._cache.reset()
-        return self._cache
 
     # Saved and loaded.
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import EOS, Batch, make_thinker
+from transformers import GenerationConfig, StaticCache
 
 from audiopress import CompressedOmni, build
 from audiopress.models import storage
 from audiopress.models.encoders import hidden_audio
+from audiopress.models.static_cache import BUCKET
 
 GREEDY = {"max_new_tokens": 6, "eos_token_id": [EOS]}
 
@@ -368,22 +370,59 @@ def test_media_come_in_pairs(thinker):
         CompressedOmni(thinker)(**batch)
 
 
+@pytest.fixture
+def made_caches(monkeypatch):
+    """Lists the sizes of the static caches that are made."""
+    made = []
+
+    def make(config, max_cache_len):
+        made.append(max_cache_len)
+        return StaticCache(config, max_cache_len=max_cache_len)
+
+    monkeypatch.setattr("audiopress.models.static_cache.StaticCache", make)
+    return made
+
+
+def prompt(*seconds):
+    b = Batch()
+    for n in seconds:
+        b.add(b.text(3), b.audio(n), b.text(2))
+    return b.build("left")
+
+
 @pytest.mark.parametrize("compressor", ["none", "ward"])
-def test_a_static_cache_gives_the_same_answers(thinker, compressor):
+def test_a_static_cache_gives_the_same_answers(thinker, compressor, made_caches):
     """Also when it is used again, for a shorter prompt, and for another number of them."""
     method = build(compressor, keep_ratio=1.0 if compressor == "none" else 0.5, hidden_size=32)
     model = CompressedOmni(thinker, method).eval()
-    prompts = []
-    for frames in ([120], [90], [60, 200]):
-        b = Batch()
-        for n in frames:
-            b.add(b.text(3), b.audio(n), b.text(2))
-        prompts.append(b.build("left"))
+    prompts = [prompt(120), prompt(90), prompt(60, 200)]
     options = {"max_new_tokens": 6, "min_new_tokens": 6}
-    want = [model.generate(**prompt, **options) for prompt in prompts]
+    want = [model.generate(**inputs, **options) for inputs in prompts]
     model.static_cache = True
-    caches = set()
-    for prompt, answer in zip(prompts, want, strict=True):
-        assert torch.equal(model.generate(**prompt, **options), answer)
-        caches.add(model._cache)
-    assert len(caches) == 2
+    for inputs, answer in zip(prompts, want, strict=True):
+        assert torch.equal(model.generate(**inputs, **options), answer)
+    assert made_caches == [BUCKET, BUCKET]
+
+
+def test_a_static_cache_is_used_only_where_it_fits(fresh_thinker, made_caches):
+    model = CompressedOmni(fresh_thinker, build("ward", keep_ratio=0.5, hidden_size=32)).eval()
+    inputs, options = prompt(90), {"max_new_tokens": 4, "min_new_tokens": 4}
+    want = model.generate(**inputs, **options)
+    beams = model.generate(**inputs, **options, num_beams=2)
+    model.static_cache = True
+    with torch.inference_mode():
+        assert torch.equal(model.generate(**inputs, **options), want)
+    assert torch.equal(model.generate(**inputs, **options), want)
+    assert len(made_caches) == 2, "what inference mode made cannot be written to outside of it"
+    config = GenerationConfig(num_beams=2, do_sample=False, **options)
+    assert torch.equal(model.generate(**inputs, generation_config=config), beams)
+    assert torch.equal(model.generate(**inputs, **options, num_beams=2), beams)
+    assert torch.equal(model.generate(**inputs, **options, use_cache=False), want)
+    assert len(made_caches) == 2
+    assert torch.equal(model.generate(**inputs, **options, num_beams=1), want)
+    assert len(made_caches) == 2
+    inputs["input_features"] = inputs["input_features"].double()
+    model.double().generate(**inputs, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.float().generate(**prompt(90), **options)
+    assert len(made_caches) == 3
