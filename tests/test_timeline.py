@@ -219,8 +219,9 @@ def test_kinds_of_other_files(tmp_path: Path) -> None:
         question_kinds(path)
 
 
-def test_the_same_seed_gives_the_same_bytes(stamps: list[Stamp], data_set: Path, tmp_path: Path) -> None:
-    write_data_set(tmp_path, stamps[::-1], {"train": 2, "test": 1}, OPTIONS, workers=2)
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])  # a process starts for 10 s
+def test_the_same_seed_gives_the_same_bytes(stamps: list[Stamp], data_set: Path, tmp_path: Path, workers: int) -> None:
+    write_data_set(tmp_path, stamps[::-1], {"train": 2, "test": 1}, OPTIONS, workers)
     files = sorted(path.relative_to(data_set) for path in data_set.rglob("*.*"))
     assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     assert len(files) == 8  # 3 clips, 2 splits with 2 files, the options
@@ -257,9 +258,7 @@ def test_an_interrupted_clip_leaves_no_file(
 
 
 def test_unseen_things_are_in_no_other_split(folder: Path) -> None:
-    stamps = [
-        Stamp(f"{s.name} {i}", s.article, s.pictures, s.effects, ()) for s in read_stamps(folder) for i in "abcde"
-    ]
+    stamps = [dataclasses.replace(s, name=f"{s.name} {kind}") for s in read_stamps(folder) for kind in "abcdefghijkl"]
     used = {split: set() for split in SPLITS}
     for split in SPLITS:
         for index in range(40):
@@ -267,7 +266,7 @@ def test_unseen_things_are_in_no_other_split(folder: Path) -> None:
             used[split] |= {t.phrase for event in clip.events for t in (event.heard, event.seen) if t}
     assert used["unseen"]
     assert not used["unseen"] & (used["train"] | used["validation"] | used["test"])
-    assert len(used["train"] & used["test"]) > 0.9 * len(used["train"])
+    assert used["train"] & used["test"]
 
 
 def test_what_a_stamp_is(folder: Path, tmp_path: Path) -> None:
@@ -294,7 +293,7 @@ def test_what_a_stamp_is(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="is silent"):
         read_recording(tmp_path / "mute.wav")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no stamp x.png with its text"):
+    with pytest.raises(ValueError, match=r"holds no stamp x\.png with its text"):
         read_stamps(tmp_path / "empty")
 
 
