@@ -36,8 +36,8 @@ def load(
 
     Args:
         name: "omni-small" (real, 160 M parameters, assembled on first use out of packages; "omni-small:hub" out of the
-            hub's unquantised weights), a path or hub name of a Qwen2.5-Omni
-            checkpoint (its thinker alone is read), or a directory of `save_pretrained`.
+            hub's unquantised weights), a path or hub name of a Qwen2.5-Omni checkpoint (its thinker alone is read), or
+            a directory of `save_pretrained`.
         compressor: one built for the model's width, a method's name ("pooling", "stacking:slam-asr"), or None. A
             saved directory brings its own.
         base: for a saved directory, where its base model lies now. Default: where it lay.

@@ -68,7 +68,7 @@ class CompressedOmni(nn.Module):
     Args:
         thinker: transformers' `Qwen2_5OmniThinkerForConditionalGeneration`. It is used as it is: no method of it is
             replaced, and hooks are removed after each call. With proportional attention its config names an attention
-            function of ours from the first call on.
+            function of ours from the first call on; after `audiopress.load` from the start.
         compressor: of the thinker's width; None for none.
         video_compressor: a training-free method of stage "connector" that reads nothing else, for the video tokens.
         base: what `load_base` opens it by: "omni-small", a path or a hub name.
