@@ -94,8 +94,8 @@ def most_alike(
     sizes: dict[str, Any] = HALF if embeds.dtype.itemsize == 2 else FULL
     parts, tiles = triton.cdiv(max(counts), sizes["ROWS"]), triton.cdiv(max(target_counts), sizes["COLUMNS"])
     inverse = torch.linalg.vector_norm(embeds, dim=1, dtype=torch.float32).clamp(min=1e-12).reciprocal()
-    starts = (bounds(tuple(lengths), embeds.device) for lengths in (counts, target_counts))
-    inputs = (embeds, inverse, tokens.contiguous(), next(starts), targets.contiguous(), next(starts))
+    starts, target_starts = (bounds(tuple(lengths), embeds.device) for lengths in (counts, target_counts))
+    inputs = (embeds, inverse, tokens.contiguous(), starts, targets.contiguous(), target_starts)
     tops = inverse.new_full((tiles, len(tokens)), -torch.inf)
     firsts = torch.zeros_like(tops, dtype=torch.int32)
     shape = (len(tokens), embeds.stride(0), parts, tiles, tie)

@@ -377,11 +377,11 @@ class CompressedOmni(nn.Module):
         media: dict[str, Any],
     ) -> OmniOutput:
         inputs, stream = self.encode(input_ids, attention_mask, labels, **media)
-        tokens = {kind.name.lower(): inputs.count(kind) for kind in (Kind.AUDIO, Kind.VIDEO)}
         with self.services(inputs) as language_model:
             hidden = language_model(
                 inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
             ).last_hidden_state
+        tokens = {kind.name.lower(): inputs.count(kind) for kind in (Kind.AUDIO, Kind.VIDEO)}
         head = self.thinker.get_output_embeddings()
         if inputs.labels is None:
             return OmniOutput(logits=head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden), tokens=tokens)

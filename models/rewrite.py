@@ -102,10 +102,9 @@ def rewrite(
     check_choice("positions", positions, POSITIONS)
     batch, length, _ = embeds.shape
     device = embeds.device
-    real = layout.host.mask
-    counts = real.sum(dim=1)  # of each sample; on the CPU, as everything that decides a shape
+    counts = layout.host.mask.sum(dim=1)  # of each sample; on the CPU, as everything that decides a shape
     kept = {kind: int((layout.host.kind == kind.value).sum()) for kind in (Kind.AUDIO, Kind.VIDEO)} if not joint else {}
-    keep = upload(real.long().flatten(), device).bool()
+    keep = layout.mask.flatten()
     sizes = torch.ones(batch * length, device=device)
     source = torch.arange(batch * length, device=device)  # which row of all sources, in turn, stands where
     sources = [embeds.flatten(0, 1)]

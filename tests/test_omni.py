@@ -10,6 +10,7 @@ from tiny import EOS, Batch, make_thinker
 from transformers import GenerationConfig, StaticCache
 
 from audiopress import CompressedOmni, build
+from audiopress.compression import checks
 from audiopress.models import storage
 from audiopress.models.encoders import hidden_audio
 from audiopress.models.static_cache import BUCKET
@@ -426,3 +427,13 @@ def test_a_static_cache_is_used_only_where_it_fits(fresh_thinker, made_caches):
     with torch.autocast("cpu", torch.bfloat16):
         model.float().generate(**prompt(90), **options)
     assert len(made_caches) == 3
+
+
+def test_values_are_checked_before_sampling(thinker, monkeypatch):
+    """Drawing from NaN would stop a GPU for good."""
+    checked = []
+    model = CompressedOmni(thinker).eval()
+    monkeypatch.setattr(thinker, "generate", lambda **_: checked.append(checks._collected.get() is None))
+    for options in ({}, {"do_sample": True}, {"generation_config": GenerationConfig(do_sample=True)}):
+        model.generate(**prompt(90), **options)
+    assert checked == [False, True, True]
