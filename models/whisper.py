@@ -130,9 +130,11 @@ class CompressedWhisper:
         if compressor.stage == "joint" or (lacking := compressor.needs - READABLE):
             reads = "video" if compressor.stage == "joint" else ", ".join(sorted(lacking))
             raise ValueError(f"{method} reads {reads}, which Whisper has not")
-        inside = compressor.split()[0]
+        inside, _ = _split(compressor)
         if inside is not None and inside.adaptive:
             raise ValueError(f"{method} is adaptive inside the encoder, which is not supported in Whisper")
+        if inside is not None:
+            inside.encoder_layers(len(self.tower.layers))  # raises where they are too few
         return compressor.to(self.model.device).eval()
 
     def features(self, sounds: Sequence[np.ndarray]) -> tuple[Tensor, list[int]]:
@@ -312,6 +314,8 @@ def load_whisper(name: str = WHISPER_BASE, download: bool = True) -> CompressedW
     )
     config = json.loads((first / DATA / "config.json").read_text())
     model.generation_config = generation_config(tokenizer, config["suppress_ids"], config["suppress_ids_begin"])
+    for token in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        setattr(model.config, token, getattr(model.generation_config, token))
     return CompressedWhisper(model, tokenizer, WhisperFeatureExtractor(model.config.num_mel_bins))
 
 

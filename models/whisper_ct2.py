@@ -76,7 +76,9 @@ def whisper_encoder(data: bytes | bytearray) -> WhisperEncoder:
 def whisper_model(data: bytes | bytearray) -> WhisperForConditionalGeneration:
     """Builds transformers' Whisper, float32, with the weights in `data`; what its tokens mean is not there."""
     stored = read_tensors(data)
-    model = WhisperForConditionalGeneration(WhisperConfig(**_encoder_sizes(stored), **_decoder_sizes(stored)))
+    unknown = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    config = WhisperConfig(**_encoder_sizes(stored), **_decoder_sizes(stored), **unknown)
+    model = WhisperForConditionalGeneration(config)
     state = {f"model.encoder.{k}": v for k, v in _encoder_state(stored).items()}
     state |= {f"model.decoder.{k}": v for k, v in _decoder_state(stored).items()}
     model.load_state_dict(state | {"proj_out.weight": state["model.decoder.embed_tokens.weight"]})
