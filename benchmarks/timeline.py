@@ -1,6 +1,6 @@
 """Makes the time testbed: clips of real pictures, sounds and spoken names at known times, in LongVALE's format.
 
-python benchmarks/timeline.py runs/timeline                              # 340 clips of 30 to 300 s, 0.4 GB
+python benchmarks/timeline.py runs/timeline                              # 340 clips of 30 to 300 s, about 0.4 GB
 python benchmarks/timeline.py runs/short --train 2000 --seconds 30 60    # for a small model
 python train_compress.py --data runs/timeline/train.json --video_dir runs/timeline/videos
 
@@ -50,12 +50,12 @@ class Options:
 def write_data_set(
     folder: Path, stamps: Sequence[Stamp], sizes: Mapping[Split, int], options: Options, workers: int = 1
 ) -> None:
-    """Writes `videos/*.mp4`, then for each split its two JSON files, and `options.json` first of all.
+    """Writes `options.json`, then `videos/*.mp4`, and last the two JSON files of each split.
 
     Args:
         folder: new, or one that was begun with the same options and stamps.
         stamps: to compose the clips of.
-        sizes: clips per split.
+        sizes: clips per split; a split of none is left as it is.
         options: of the clips.
         workers: processes that make clips; 1: this one.
 
@@ -63,7 +63,9 @@ def write_data_set(
         ValueError: the folder was begun with others, or a clip cannot be made with these; see `plan`.
     """
     clips = {
-        split: [plan(split, i, stamps, options.seconds, options.seed) for i in range(n)] for split, n in sizes.items()
+        split: [plan(split, i, stamps, options.seconds, options.seed) for i in range(n)]
+        for split, n in sizes.items()
+        if n > 0
     }
     videos = folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)

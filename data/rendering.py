@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -43,7 +44,7 @@ def render(clip: Clip, path: Path, size: int = 224, fps: int = 4) -> None:
     sound, frames = _soundtrack(clip, rng), _pictures(clip, rng, size)
     shown = np.full(clip.duration * fps, len(frames) - 1)  # the last one is the empty background
     for i, event in enumerate(clip.events):
-        shown[np.ceil(event.start * fps).astype(int) : np.ceil(event.end * fps).astype(int)] = i
+        shown[math.ceil(event.start * fps) : math.ceil(event.end * fps)] = i
     partial_file = path.with_suffix(f".{os.getpid()}.partial")
     try:
         _write(partial_file, sound, [frames[i] for i in shown], fps)

@@ -324,6 +324,7 @@ def test_the_command(stamps: list[Stamp], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["timeline.py", str(tmp_path), *sizes, "--seconds", "24", "24", "--size", "32"])
     assert script.main() is None
     assert read_video(tmp_path / "videos" / "train-00000.mp4", 2).frames.shape == (2, 3, 32, 32)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"options.json", "train.json", "train-annotations.json"}
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "7"])
     assert script.main() == f"error: {tmp_path} was made with seed 0, not 7; choose another folder"
 
