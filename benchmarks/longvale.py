@@ -30,7 +30,7 @@ import audiopress
 from audiopress.benchmarks.captions import CaptionScorer
 from audiopress.benchmarks.cells import Parser
 from audiopress.benchmarks.environment import environment
-from audiopress.benchmarks.longvale_scores import TASKS, Key, read_log, read_truths, score, table, write_log
+from audiopress.benchmarks.longvale_scores import TASKS, Key, Truth, read_log, read_truths, score, table, write_log
 from audiopress.benchmarks.scoring import to_device
 from audiopress.compression.registry import QWEN_7B
 from audiopress.data.collator import Encoder, OmniCollator
@@ -172,8 +172,8 @@ def append(rows: Iterator[dict[str, Any]], path: Path) -> None:
 
 def kept_tokens(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sums the tokens that were counted: before and after, the ratio kept, and audio tokens per second."""
-    counted = [row["tokens"] for row in rows if "tokens" in row]
-    sums = {kind: [sum(row[kind][i] for row in counted) for i in (0, 1)] for kind in ("audio", "video")}
+    counted = {row["video_id"]: row["tokens"] for row in rows if "tokens" in row}.values()
+    sums = {kind: [sum(tokens[kind][i] for tokens in counted) for i in (0, 1)] for kind in ("audio", "video")}
     kept = {kind: after / before for kind, (before, after) in sums.items() if before}
     rate = {"audio_tokens_per_second": AUDIO_TOKENS_PER_SECOND * kept["audio"]} if "audio" in kept else {}
     return {"tokens": sums, "kept": kept, "videos": len(counted), **rate}
@@ -244,21 +244,21 @@ def settle(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: the folder holds answers of other settings, or the model is a damaged variant.
     """
     own = ("compressor", "keep_ratio", "time_format", "num_frames", "max_audio_seconds", "max_new_tokens")
-    folders = {
-        name: None if (path := getattr(args, name)) is None else str(path) for name in ("video_dir", "audio_dir")
-    }
     saved = (Path(args.model) / storage.MANIFEST).is_file()
     settings = {
         "model": args.model,
         "weights": storage.read_manifest(args.model)["sha256"] if saved else None,
         "annotations": digest(args.annotations),
-        **folders,
+        "sees_video": args.video_dir is not None,
+        "hears_files_of_its_own": args.audio_dir is not None,
         **{name: getattr(args, name) for name in own},
     }
     path = args.output / SETTINGS
     if path.exists() and any(args.output.glob(ANSWERS)):
         before = json.loads(path.read_text())
-        differing = [f"{key} {before[key]!r} != {value!r}" for key, value in settings.items() if before[key] != value]
+        differing = [
+            f"{key} {before.get(key)!r} != {value!r}" for key, value in settings.items() if before.get(key) != value
+        ]
         if differing:
             raise ValueError(f"{args.output} holds answers of other settings ({'; '.join(differing)}): change --output")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -267,12 +267,43 @@ def settle(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(
-    log: Path, answers: dict[Key, str], args: argparse.Namespace, scorer: CaptionScorer | None, **more: Any
+    log: Path, answers: dict[Key, str], truths: dict[str, Truth], scorer: CaptionScorer | None, about: dict[str, Any]
 ) -> None:
-    """Scores answers, and writes and prints the metrics."""
-    metrics = more | {"metrics": score(answers, read_truths(args.annotations), scorer)}
-    storage.write_json(metrics, log.with_suffix(".metrics.json"))
-    print(table(metrics["metrics"]))
+    """Scores answers, prints the metrics, and writes them beside their log with what else is known."""
+    metrics = score(answers, truths, scorer)
+    print(table(metrics))
+    storage.write_json(about | {"metrics": metrics}, log.with_suffix(".metrics.json"))
+
+
+def finish(
+    queries: Sequence[Query],
+    truths: dict[str, Truth],
+    scorer: CaptionScorer | None,
+    skips: SkipLog,
+    settings: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """Writes the log and the metrics if every question has been asked, by whatever shard."""
+    rows = read_rows(args.output)
+    asked = {(query.task, *query.key): rows.get((query.task, *query.key)) for query in queries}
+    missing = sum(row is None for row in asked.values())
+    if missing:
+        print(f"{len(asked) - missing} of {len(asked)} questions are asked; the metrics come with the last shard")
+        return
+    failed = sum(row["status"] != "ok" for row in asked.values())
+    answers = {key: row.get("answer", "") for key, row in asked.items()}
+    write_log(args.output / LOG, answers, truths)
+    about = {
+        "settings": settings,
+        "environment": environment(torch.device(args.device), args.commit),
+        "questions": len(asked),
+        "failed": failed,
+        "skipped_videos": skips.skipped,
+        **kept_tokens(list(asked.values())),
+    }
+    report(args.output / LOG, answers, truths, scorer, about)
+    if failed or skips.skipped:
+        print(f"{failed} of {len(asked)} questions failed and count 0; {skips.report(len(truths), 'videos')}")
 
 
 def main() -> None:
@@ -284,7 +315,7 @@ def main() -> None:
         if args.score is not None:
             answers = read_log(args.score, truths)
             scorer = CaptionScorer() if {key[0] for key in answers} != {"grounding"} else None
-            report(args.score, answers, args, scorer)
+            report(args.score, answers, truths, scorer, {})
             return
         number, total = check(args)
         skips = SkipLog(args.strict)
@@ -305,21 +336,7 @@ def main() -> None:
         encoder = VideoEncoder(processor, num_frames=args.num_frames, max_seconds=args.max_audio_seconds)
         asker = Asker(model, processor, encoder, args.max_new_tokens)
         append(ask_all(asker, left, args.batch_size), args.output / ANSWERS.replace("*", f"{number}-of-{total}"))
-        rows = read_rows(args.output)
-
-    asked = {(query.task, *query.key): rows.get((query.task, *query.key)) for query in queries}
-    missing = sum(row is None for row in asked.values())
-    if missing:
-        print(f"{len(asked) - missing} of {len(asked)} questions are asked; the metrics come with the last shard")
-        return
-    failed = sum(row["status"] != "ok" for row in asked.values())
-    answers = {key: row.get("answer", "") for key, row in asked.items()}
-    write_log(args.output / LOG, answers, truths)
-    about = {"settings": settings, "environment": environment(torch.device(args.device), args.commit)}
-    counts = {"questions": len(asked), "failed": failed, "skipped_videos": skips.skipped}
-    report(args.output / LOG, answers, args, scorer, **about, **counts, **kept_tokens(list(asked.values())))
-    if failed or skips.skipped:
-        print(f"{failed} of {len(asked)} questions failed and count 0; {skips.report(len(truths), 'videos')}")
+    finish(queries, truths, scorer, skips, settings, args)
 
 
 if __name__ == "__main__":

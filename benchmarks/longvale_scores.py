@@ -85,7 +85,9 @@ def read_log(path: Path, truths: Mapping[str, Truth]) -> dict[Key, str]:
         ValueError: a line that is no answer, or one about an event that is not annotated.
     """
     answers: dict[Key, str] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # no other line break ends a line
+        if not text:
+            continue
         try:
             line = json.loads(text)
             sentence = None if line["task"] == "captioning" else int(line["info"]["sentence_id"])

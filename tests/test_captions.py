@@ -22,6 +22,7 @@ needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs java
         ("Don't stop the man's dog-house... it's", "do n't stop the man 's dog-house it 's"),
         ("At 3:30, 1,000 people and/or 50% pay $5.", "at 3:30 1,000 people and/or 50 % pay $ 5"),
         ('(He says: "yes" -- twice);', "he says yes twice"),
+        ("He cannot, can't and canot press #", "he can not ca n't and canot press #"),
         ("Ein Käfer\tsummt\n", "ein käfer summt"),
         (" ... ", ""),
     ],
