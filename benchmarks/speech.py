@@ -36,10 +36,9 @@ from audiopress.models.whisper import WHISPER_BASE, CompressedWhisper, Heard, Tr
 
 log = logging.getLogger(__name__)
 
-RATES = (12.5, 25 / 3, 6.25, 5.0, 3.125)  # tokens per second; 25 is `none`, what methods without training are at 25
+RATES = (12.5, 25 / 3, 6.25, 5.0, 3.125)  # tokens per second; at 25, methods without training are `none`
 SECONDS = {False: 30.0, True: 28.5}  # the longest clip, single or joined: Whisper's window, and nearly that
 SEED = 0  # of the order in which prompts are joined, or taken where they are limited
-CONTROLS = [name for name in BASELINES if name not in (TRANSFORMERS, NONE)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class SpeechTestbed:
             for language in dict.fromkeys(clip.language for clip in clips)
             for part in _parts([clip for clip in clips if clip.language == language], batch)
         ]
-        self.hidden: dict[int, list[torch.Tensor]] = {}  # by the layer they are read by; 3 MB a clip of Whisper-base
+        self.hidden: dict[int, list[torch.Tensor]] = {}  # by the layer that reads them; 3 MB a clip of Whisper-base
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
         """Transcribes all clips and counts the errors."""
@@ -120,7 +119,7 @@ class SpeechTestbed:
         }
 
     def _hear(self, i: int, compressor: Compressor | None) -> Heard:
-        """Runs the encoder from the layer on that the compressor, or those before it, did not change."""
+        """Runs the encoder from the first layer on that the compressor reads or acts in; those before it run once."""
         batch, first = self.batches[i], self.whisper.first_layer(compressor)
         states = self.hidden.setdefault(first, [])
         if len(states) == i:
@@ -171,7 +170,7 @@ _english = EnglishTextNormalizer({})
 
 
 def _normal(text: str, language: str) -> str:
-    """Spells English as Whisper's authors do where they count errors, numbers above all; other languages stay."""
+    """Spells English, numbers above all, as Whisper's authors do to count errors; for other languages they do not."""
     return str(_english(text)) if language == "en" else text
 
 

@@ -59,7 +59,7 @@ WITH_TOKENIZER = dataclasses.replace(
 )
 
 MAX_NEW_TOKENS = 224  # openai/whisper: half of the decoder's positions
-NEVER = -1e4  # added to an attention logit, leaves nothing of it, and is finite in every dtype
+NEVER = -1e4  # added to an attention logit, leaves nothing of it; infinity would make NaN of products with 0
 READABLE = LAST_LAYER | {"encoder_hidden", "seed"}  # of what methods may need, all that there is without an LLM
 
 
@@ -245,6 +245,9 @@ class CompressedWhisper:
 
 class InSpeech(EncoderMethod):
     """Lets a method act on the states of the speech alone, while the encoder sees the silence after it, too.
+
+    How much goes in which layer is worked out for both together: a short clip is shortened in even steps, where alone
+    it would be by even shares. What is left in the end is exact.
 
     Args:
         method: acts inside the encoder.

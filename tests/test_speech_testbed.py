@@ -58,14 +58,18 @@ def make_model():
     ).eval()
 
 
-@pytest.fixture(scope="module")
-def whisper():
+def make_whisper():
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="word0"))
     words.add_special_tokens(SPECIAL)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
     model = make_model()
     model.generation_config = generation_config(tokenizer, never=[3, 4], never_first=[5])
     return CompressedWhisper(model, tokenizer, WhisperFeatureExtractor(8, chunk_length=1))
+
+
+@pytest.fixture(scope="module")
+def whisper():
+    return make_whisper()
 
 
 @pytest.fixture(autouse=True)
@@ -350,6 +354,20 @@ def test_wrong_options_end_with_one_line(run, capsys, options, message):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["none", "ward", "atome:encoder", "attention-topk:topk-ast"])
+def test_a_gpu_hears_the_same(whisper, method):
+    moved = make_whisper().to(torch.device("cuda"))
+    heard = []
+    for machine in (whisper, moved):
+        compressor = None if method == "none" else machine.build(method, keep_ratio=0.4)
+        heard.append(machine.hear(*machine.features(sounds()), compressor))
+        assert all(transcript.text for transcript in machine.transcribe(heard[-1], "en"))
+    assert heard[0].kept == heard[1].kept
+    if method == "none":  # the others may choose otherwise for a GPU's rounding
+        torch.testing.assert_close(heard[0].stream.embeds, heard[1].stream.embeds.cpu(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.slow
