@@ -127,7 +127,8 @@ def plan(split: Split, index: int, stamps: Sequence[Stamp], seconds: tuple[int, 
     event, gap = max(_EVENT_SECONDS, _EVENT_SHARE * duration), max(_GAP_SECONDS, _GAP_SHARE * duration)
     room = int(_FILLED * (duration - gap) / (event + gap))
     rows, columns = rng.choice([grid for grid in _GRIDS if grid[0] * grid[1] <= room - 2])
-    single = rng.randint(2, min(room - rows * columns, _MAX_SINGLE))
+    most = min(room - rows * columns, _MAX_SINGLE)
+    single = rng.randint(max(most // 2, 2), most)
     single_sounds = rng.randint(1, single - 1)
 
     heard = [_choose(rng, thing) for thing in rng.sample(sounds, rows + single_sounds + 1)]
