@@ -136,8 +136,8 @@ class SpeechTestbed:
 
 def scores(clips: Sequence[Clip], written: Sequence[Transcript]) -> dict[str, Any]:
     """Gives error rates with their intervals, over all languages and for each, and how many transcripts did not end."""
-    said = [_normal(clip.text, clip.language) for clip in clips]
-    texts = [_normal(transcript.text, clip.language) for clip, transcript in zip(clips, written, strict=True)]
+    said = _normal([clip.text for clip in clips], clips)
+    texts = _normal([transcript.text for transcript in written], clips)
     words, characters = wer(said, texts), cer(said, texts)
     languages = {}
     for language in dict.fromkeys(clip.language for clip in clips):
@@ -166,12 +166,10 @@ def _interval(rate: ErrorRate) -> tuple[float, float] | None:
     return rate.interval() if len(rate.units_by_utterance) > 1 else None
 
 
-_english = EnglishTextNormalizer({})
-
-
-def _normal(text: str, language: str) -> str:
+def _normal(texts: Sequence[str], clips: Sequence[Clip]) -> list[str]:
     """Spells English, numbers above all, as Whisper's authors do to count errors; for other languages they do not."""
-    return str(_english(text)) if language == "en" else text
+    english = EnglishTextNormalizer({})
+    return [str(english(text)) if clip.language == "en" else text for text, clip in zip(texts, clips, strict=True)]
 
 
 def make_clips(records: Sequence[Record], language: str, seconds: float, joined: bool, limit: int | None) -> list[Clip]:
