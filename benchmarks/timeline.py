@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from audiopress.data.stamps import Stamp, packaged_stamps, read_recording
 from audiopress.data.timeline import SPLITS, Split, annotation, dialogue, plan
 from audiopress.models.packages import FetchError
 
+VERSION = 1  # of the clips; a change that makes others of the same options counts it up
 SIZES: Mapping[Split, int] = {"train": 200, "validation": 20, "test": 80, "unseen": 40}
 
 
@@ -84,8 +85,7 @@ def write_data_set(
                 bar.update()
         else:
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-                for done in as_completed([pool.submit(render, *job) for job in missing]):
-                    done.result()
+                for _ in pool.map(render, *zip(*missing, strict=True)):
                     bar.update()
     for split in clips:
         _write_json(folder / f"{split}.json", [dialogue(clip) for clip in clips[split]])
@@ -96,6 +96,7 @@ def _claim(path: Path, stamps: Sequence[Stamp], options: Options) -> None:
     """Notes the options of a new data set; raises ValueError for one that has others."""
     things = sorted([s.name, [len(read_recording(p)) for p in (*s.effects, *s.voices)]] for s in stamps)
     told = {
+        "version": VERSION,
         "seed": options.seed,
         "seconds": list(options.seconds),
         "size": options.size,

@@ -231,7 +231,9 @@ def test_the_same_seed_gives_the_same_bytes(stamps: list[Stamp], data_set: Path,
     assert annotation(other) != annotation(clips(stamps)[0]) != annotation(clips(stamps)[2])
 
 
-def test_it_goes_on_where_it_stopped(stamps: list[Stamp], data_set: Path, tmp_path: Path) -> None:
+def test_it_goes_on_where_it_stopped(
+    stamps: list[Stamp], data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_data_set(tmp_path, stamps, {"train": 1}, OPTIONS)
     first = tmp_path / "videos" / "train-00000.mp4"
     made = first.stat().st_mtime_ns
@@ -241,6 +243,10 @@ def test_it_goes_on_where_it_stopped(stamps: list[Stamp], data_set: Path, tmp_pa
         assert (tmp_path / file).read_bytes() == (data_set / file).read_bytes()
     with pytest.raises(ValueError, match=r"was made with fps 5, not 2; choose another folder"):
         write_data_set(tmp_path, stamps, {"train": 2}, dataclasses.replace(OPTIONS, fps=2))
+    monkeypatch.setattr(script, "VERSION", 2)
+    with pytest.raises(ValueError, match=r"was made with version 1, not 2"):
+        write_data_set(tmp_path, stamps, {"train": 2}, OPTIONS)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"was made with stamps \w+, not"):
         write_data_set(tmp_path, stamps[:-1], {"train": 2}, OPTIONS)
 
