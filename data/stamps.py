@@ -41,6 +41,7 @@ PACKAGE = packages.Package(
     },
     "GPL-2",
     160.9,
+    "python benchmarks/timeline.py FOLDER",
 )
 
 # They say chimp, hen, kangaroo and nandu where the texts have chimpanzee, brown hen, red kangaroo and rhea; all others

