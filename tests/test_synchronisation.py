@@ -26,7 +26,7 @@ ALLOWED = {
     "omnizip": 2,  # the scene; which audio stays, which says how much video does
     "qformer:mms-llama": 1,  # the rate of speech decides
     "sa-map": 1,  # the content decides how many groups there are
-    "ward": 1,  # whether all rounds of joining are done
+    "ward": 4,  # whether all rounds of joining are done, after every eight
     "ward:exact": 2,  # the programme runs on the CPU, and its result goes back
 }
 
