@@ -61,12 +61,15 @@ def write_data_set(
         workers: processes that make clips; 1: this one.
 
     Raises:
-        ValueError: the folder was begun with others, or a clip cannot be made with these; see `plan`.
+        ValueError: a number of clips or workers cannot be, the folder was begun with others, or a clip cannot be made
+            with these; see `plan`.
     """
+    if min(sizes.values()) < 0 or workers < 1:
+        raise ValueError(f"clips must be 0 or more and workers 1 or more, got {dict(sizes)} and {workers}")
     clips = {
         split: [plan(split, i, stamps, options.seconds, options.seed) for i in range(n)]
         for split, n in sizes.items()
-        if n > 0
+        if n
     }
     videos = folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)

@@ -361,3 +361,10 @@ def test_the_package(tmp_path: Path) -> None:
     assert -32 < loudness[0] < -20
     assert loudness[1] < loudness[0] - 10
     assert np.abs(samples).max() < 1
+
+
+@pytest.mark.parametrize(("sizes", "workers"), [({"train": -1}, 1), ({"train": 1}, 0)])
+def test_numbers_that_cannot_be(tmp_path, sizes, workers):
+    with pytest.raises(ValueError, match="clips must be 0 or more and workers 1 or more"):
+        write_data_set(tmp_path / "set", [], sizes, Options(), workers)
+    assert not (tmp_path / "set").exists()
