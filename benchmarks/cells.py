@@ -6,7 +6,6 @@ A run that was stopped goes on where it was: what is measured already, of the sa
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -66,11 +65,16 @@ def check(args: argparse.Namespace) -> torch.device:
         raise ValueError(f"--repeats must be 1 or more, got {args.repeats}")
     for keep_ratio in args.keep_ratios:
         check_keep_ratio(keep_ratio)
+    return check_device(args.device)
+
+
+def check_device(name: str) -> torch.device:
+    """Gives the device of a name; raises ValueError, with a message of one line, where there is none."""
     try:
-        device = torch.device(args.device)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise ValueError(f"there is no device {args.device!r} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -98,7 +102,7 @@ def _ratios(name: str, keep_ratios: Sequence[float]) -> Sequence[float | None]:
     if name in (TRANSFORMERS, NONE):
         return [None]
     with torch.device("meta"):
-        method = build(name, **{f.name: getattr(QWEN_7B, f.name) for f in dataclasses.fields(QWEN_7B)})
+        method = build(name, **vars(QWEN_7B))
         try:
             for keep_ratio in keep_ratios:
                 method.at(keep_ratio)

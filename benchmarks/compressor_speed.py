@@ -77,7 +77,6 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
     parser.add_argument("--output", type=Path, default=Path("runs/compressors.jsonl"))
     args = parser.parse_args()
-    sizes = {f.name: getattr(QWEN_7B, f.name) for f in dataclasses.fields(QWEN_7B)}
     options = {} if args.keep_ratio is None else {"keep_ratio": args.keep_ratio}
     if unknown := sorted(set(args.methods) - set(every)):
         sys.exit(f"error: unknown method {', '.join(unknown)}; there are {', '.join(every)}")
@@ -91,7 +90,7 @@ def main() -> None:
         for name in tqdm(args.methods, disable=None):
             row = {**where, "method": name, "clip_seconds": args.seconds, "tokens_in": stream.lengths[0]}
             try:
-                method = build(name, **sizes, **options).to(device, dtype).eval()
+                method = build(name, **vars(QWEN_7B), **options).to(device, dtype).eval()
                 if method.stage == "encoder":
                     continue  # acts inside the tower
                 run = partial(method, stream, context)

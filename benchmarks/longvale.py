@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import audiopress
 from audiopress.benchmarks.captions import CaptionScorer
-from audiopress.benchmarks.cells import Parser
+from audiopress.benchmarks.cells import Parser, check_device
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.longvale_scores import TASKS, Key, Truth, read_log, read_truths, score, table, write_log
 from audiopress.benchmarks.scoring import to_device
@@ -217,15 +217,11 @@ def check(args: argparse.Namespace) -> tuple[int, int]:
         if args.keep_ratio is not None and not saved:
             raise ValueError("--keep-ratio goes with --compressor, or with a saved variant")
     else:
-        sizes = {field.name: getattr(QWEN_7B, field.name) for field in dataclasses.fields(QWEN_7B)}
         with torch.device("meta"):
-            made = audiopress.build(args.compressor, **sizes, **ratio(args))
+            made = audiopress.build(args.compressor, **vars(QWEN_7B), **ratio(args))
         if made.trained:
             raise ValueError(f"{args.compressor} has weights to train: give --model the variant that was trained")
-    try:
-        torch.empty(0, device=torch.device(args.device))
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise ValueError(f"there is no device {args.device!r} here: {str(error).splitlines()[0]}") from error
+    check_device(args.device)
     number, slash, total = args.shard.partition("/")
     if not (slash and number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
         raise ValueError(f"--shard must be i/n with 1 <= i <= n, got {args.shard!r}")

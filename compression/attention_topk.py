@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels import evenly, most_alike, segment_mean, segment_reduce, top_k, upload
+from ..kernels import evenly, most_alike, segment_mean, segment_reduce, tally, top_k, upload
 from .base import CompressorConfig, Context, check_count, check_number
 from .encoder import EncoderConfig, EncoderMethod, LayerState, resolve_layers
 from .reading import read_attention, read_keys
@@ -146,7 +146,7 @@ def _merge(stream: TokenStream, owners: Tensor, kept: Tensor, budget: Sequence[i
     The centre of tokens that lie scattered over the clip could be the slot of another one.
     """
     order = owners.argsort(stable=True)
-    counts = torch.zeros_like(owners).index_add(0, owners, torch.ones_like(owners))[kept]
+    counts = tally(owners, len(owners))[kept]
     return stream.replace(
         embeds=segment_mean(stream.embeds[order], stream.sizes[order], counts),
         lengths=tuple(budget),

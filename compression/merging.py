@@ -17,6 +17,7 @@ from ..kernels import (
     segment_mean,
     segment_merge,
     segment_reduce,
+    tally,
 )
 from .base import Compressor, CompressorConfig, Context, check_choice, check_count, check_flag, check_number
 from .reading import read_keys
@@ -175,8 +176,7 @@ def merge_runs(
 def runs_per_clip(lengths: Sequence[int], counts: Tensor) -> tuple[int, ...]:
     """Gives how many runs of `counts` `[M]` tokens each clip has."""
     ends = clip_ids(lengths, counts.device)[counts.cumsum(0) - 1]
-    runs = torch.zeros(len(lengths), dtype=torch.long, device=counts.device)
-    return tuple(runs.index_add(0, ends, torch.ones_like(ends)).tolist())
+    return tuple(tally(ends, len(lengths)).tolist())
 
 
 def excess(lengths: Sequence[int], targets: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import clip_ids, evenly, most_alike, pad_clips, top_k, unpad_clips, upload
+from ..kernels import clip_ids, evenly, most_alike, pad_clips, tally, top_k, unpad_clips, upload
 from .base import Compressor, CompressorConfig, Context, Scene, check_count, check_number
 from .budget import largest_remainder
 from .reading import read_attention
@@ -162,7 +162,7 @@ class OmniZip(Compressor):
         nearest, relation = relate(stream.embeds, anchor, pool, video)
         best_first = relation.argsort(descending=True, stable=True)
         best_first = best_first[nearest[best_first].argsort(stable=True)]  # anchor by anchor
-        counts = torch.zeros_like(targets).index_add(0, nearest, torch.ones_like(nearest))
+        counts = tally(nearest, len(targets))
         rank = torch.arange(most, device=counts.device)
         chosen = rank < counts[:, None]  # [A, G]
         at = (counts.cumsum(0) - counts)[:, None] + rank

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels import attention_received, segment_reduce, top_k
+from ..kernels import attention_received, segment_reduce, tally, top_k
 from .base import TOKENS_PER_SECOND, Compressor, CompressorConfig, Context, Sizes, check_number
 from .budget import token_budget
 from .reading import question_cosine, read_question
@@ -125,7 +125,7 @@ def relevance(stream: TokenStream, question: TokenStream) -> Tensor:
     second = begins.cumsum(0) - 1
     place = torch.arange(len(key), device=key.device)
     # As many counts as there are tokens, most of them 0: how many seconds there are is not known without waiting.
-    counts = torch.zeros_like(second).index_add(0, second, torch.ones_like(second))
+    counts = tally(second, len(second))
     best_first = cosine.argsort(descending=True, stable=True)
     best_first = best_first[second[best_first].argsort(stable=True)]  # second by second
     rank = torch.empty_like(second)

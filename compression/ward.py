@@ -14,6 +14,7 @@ from ..kernels import segment_mean, segment_merge, ward_exact, ward_greedy
 from .base import CompressorConfig, Context, check_choice, check_count, check_flag
 from .budget import token_budget
 from .encoder import EncoderConfig, EncoderMethod, LayerState
+from .merging import runs_per_clip
 from .reading import read_attention
 from .registry import register
 from .stream import TokenStream
@@ -129,7 +130,7 @@ class Ward(EncoderMethod):
             return stream
         counts = self.segment(stream, share, attention)
         if self.adaptive:  # the cost decided what each clip keeps
-            share = stream.clips[counts.cumsum(0) - 1].bincount(minlength=len(share)).tolist()
+            share = runs_per_clip(stream.lengths, counts)
         embeds = stream.embeds.float()
         means, slots, sizes = segment_merge(embeds, stream.slots, stream.sizes, counts)
         if self.config.norm_preserving:

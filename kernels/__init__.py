@@ -4,7 +4,7 @@ from .attention import block_attention, causal_attention
 from .gather import gather_rows
 from .greedy import farthest_first, greedy_map
 from .merge import merge_chains, merge_pairs, nest_runs, run_lengths
-from .packed import clip_ids, offsets, positions, unfold, upload
+from .packed import clip_ids, offsets, positions, tally, unfold, upload
 from .received import attention_received
 from .segment import segment_centres, segment_mean, segment_merge, segment_reduce, segment_softmax
 from .select import TIE, adjacent_cosine, evenly, most_alike, pad_clips, top_k, unpad_clips
@@ -34,6 +34,7 @@ __all__ = [
     "segment_merge",
     "segment_reduce",
     "segment_softmax",
+    "tally",
     "top_k",
     "unfold",
     "unpad_clips",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .packed import clip_ids, positions, upload
+from .packed import clip_ids, positions, tally, upload
 from .select import ranked, top_k
 
 
@@ -99,8 +99,7 @@ def nest_runs(inner: Tensor, outer: Tensor) -> Tensor:
 
 def _count(chosen: Tensor, lengths: Sequence[int]) -> Tensor:
     """Counts the chosen tokens of each clip, `[C]`."""
-    counts = torch.zeros(len(lengths), dtype=torch.long, device=chosen.device)
-    return counts.index_add(0, clip_ids(lengths, chosen.device), chosen.long())
+    return tally(clip_ids(lengths, chosen.device), len(lengths), chosen.long())
 
 
 def _best(scores: Tensor, lengths: Sequence[int], number: Tensor) -> Tensor:

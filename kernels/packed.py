@@ -42,6 +42,21 @@ def positions(lengths: Sequence[int], device: torch.device | None = None) -> Ten
     return torch.arange(len(starts), device=device) - starts
 
 
+def tally(groups: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """Counts how often each of 0 to `size - 1` occurs, as `bincount`, which waits for the GPU to tell the greatest.
+
+    Args:
+        groups: int64, from 0 to below `size`.
+        size: of the result.
+        weights: int64, what each counts for. Default: 1.
+
+    Returns:
+        `[size]` int64.
+    """
+    counts = torch.zeros(size, dtype=torch.long, device=groups.device)
+    return counts.index_add(0, groups, torch.ones_like(groups) if weights is None else weights)
+
+
 def unfold(
     embeds: Tensor, lengths: Sequence[int], size: int, stride: int, windows: Sequence[int], before: int = 0
 ) -> Tensor:

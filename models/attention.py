@@ -131,16 +131,15 @@ def _attend(
     scaling = size**-0.5 if scaling is None else scaling
     if key_bias is None:
         return attend(query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
-    bias = key_bias.repeat_interleave(query.shape[0] // key_bias.shape[0], dim=0)
-    whole = (
-        base == "sdpa" and attention_mask is None and bias.shape[1] == queries and getattr(module, "is_causal", True)
-    )
-    if whole and kwargs.get("is_causal") is not False:  # a prompt without padding; a static cache is longer, and empty
+    causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
+    whole = causal and base == "sdpa" and attention_mask is None and key_bias.shape[1] == queries
+    if whole:  # a prompt without padding; a static cache is longer, and empty
         key, value = key[:, :, :queries], value[:, :, :queries]
-        if query.is_cuda and has_causal_kernel(query, key, value, bias):
-            return causal_attention(query, key, value, bias, scaling).transpose(1, 2).contiguous(), None
+    bias = _fit(key_bias, len(query), key.shape[2])
+    if whole and query.is_cuda and has_causal_kernel(query, key, value, bias):
+        return causal_attention(query, key, value, bias, scaling).transpose(1, 2).contiguous(), None
     output, weights = attend(
-        *append_key_bias(query, key, value, _fit(bias, key.shape[2])[:, None, :, None], scaling),
+        *append_key_bias(query, key, value, bias[:, None, :, None], scaling),
         attention_mask,
         *args,
         scaling=scaling,
@@ -155,13 +154,13 @@ def _mask(*args: Any, base: str, **kwargs: Any) -> Tensor | None:
     bias = _bias_of_masks.get()
     if bias is None or kwargs["q_length"] > 1:
         return mask
-    bias = bias.repeat_interleave(kwargs["batch_size"] // len(bias), dim=0)
-    return _add(mask, _fit(bias, kwargs["kv_length"])[:, None, None].to(kwargs["dtype"]))
+    bias = _fit(bias, kwargs["batch_size"], kwargs["kv_length"])
+    return _add(mask, bias[:, None, None].to(kwargs["dtype"]))
 
 
-def _fit(bias: Tensor, keys: int) -> Tensor:
-    """Gives the keys that came later the bias 0."""
-    return F.pad(bias, (0, keys - bias.shape[1]))
+def _fit(bias: Tensor, batch: int, keys: int) -> Tensor:
+    """Gives `[batch, keys]`: beams have their prompt's bias, and keys that came later 0."""
+    return F.pad(bias.repeat_interleave(batch // len(bias), dim=0), (0, keys - bias.shape[1]))
 
 
 def _add(mask: Tensor | None, bias: Tensor) -> Tensor:

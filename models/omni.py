@@ -306,9 +306,9 @@ class CompressedOmni(nn.Module):
                 method=in_tower,  # type: ignore[arg-type]
             )
         joint = after is not None and after.stage == "joint" and bool(streams)
-        for kind in streams if joint or "video" in needs else ():
-            if joint or kind == Kind.VIDEO:
-                embeds = scatter(embeds, layout, kind, streams[kind].embeds)
+        for kind, stream in streams.items():  # `rewrite` would put them in their places, but here they are read there
+            if joint or (kind == Kind.VIDEO and "video" in needs):
+                embeds = scatter(embeds, layout, kind, stream.embeds)
         if self.video_compressor is not None and Kind.VIDEO in streams:
             streams[Kind.VIDEO] = _run(self.video_compressor, streams[Kind.VIDEO], Context(seed=self.drawn_seed()))
         pool = None

@@ -369,7 +369,11 @@ def cut(stream: TokenStream, lengths: Sequence[int]) -> tuple[TokenStream, Token
     """Gives the first `lengths[c]` tokens of each clip, the tokens after them, and which are the first, `[N]` bool."""
     is_first = stream.positions < upload(lengths, stream.embeds.device)[stream.clips]
     rest = [n - first for n, first in zip(stream.lengths, lengths, strict=True)]
-    return stream.select(is_first.nonzero()[:, 0], lengths), stream.select((~is_first).nonzero()[:, 0], rest), is_first
+    picked = (
+        stream.select(where.nonzero_static(size=sum(counts))[:, 0], counts)
+        for where, counts in ((is_first, lengths), (~is_first, rest))
+    )
+    return *picked, is_first  # type: ignore[return-value]  # two streams
 
 
 def join(first: TokenStream, rest: TokenStream) -> TokenStream:
