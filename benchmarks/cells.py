@@ -86,7 +86,7 @@ def make_cells(args: argparse.Namespace, **settings: Any) -> list[Cell]:
     Raises:
         ValueError: an unknown method.
     """
-    methods = [(name, ratio) for name in dict.fromkeys(args.compressors) for ratio in _ratios(name, args.keep_ratios)]
+    methods = [(name, ratio) for name in dict.fromkeys(args.compressors) for ratio in ratios_of(name, args.keep_ratios)]
     methods.sort(key=lambda method: method[0] != TRANSFORMERS)
     return [
         {"model": args.model, "method": name, "keep_ratio": ratio, "seconds": seconds, "batch": batch}
@@ -98,7 +98,8 @@ def make_cells(args: argparse.Namespace, **settings: Any) -> list[Cell]:
     ]
 
 
-def _ratios(name: str, keep_ratios: Sequence[float]) -> Sequence[float | None]:
+def ratios_of(name: str, keep_ratios: Sequence[float]) -> Sequence[float | None]:
+    """Gives the ratios that one set of a method's weights serves; [None], its own, where it serves no other."""
     if name in (TRANSFORMERS, NONE):
         return [None]
     with torch.device("meta"):
@@ -140,7 +141,8 @@ def run_cells(
     rows = []
     with output.open("a") as file:
         for cell in (bar := tqdm(cells, disable=None)):
-            bar.set_postfix_str(f"{cell['method']}, {cell['seconds']:g} s")
+            names = ("method", "keep_ratio", "seconds")
+            bar.set_postfix_str(", ".join(str(cell[name]) for name in names if cell.get(name)))
             row = next((row for row in before if cell.items() <= row.items()), None)
             if row is None:
                 row = where | cell | _attempt(measure, cell)

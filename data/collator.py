@@ -276,8 +276,9 @@ class OmniCollator:
             batch["feature_attention_mask"] = pad_sequence(masks, batch_first=True)
         if videos := [s for s in samples if "video_grid_thw" in s]:
             batch |= {name: torch.cat([s[name] for s in videos]) for name in VIDEO_FIELDS}
-        if states := [s["audio_hidden"] for s in samples if "audio_hidden" in s]:
-            batch["audio_hidden"] = torch.cat(states)
+        for name in ("audio_hidden", "video_embeds"):  # what the towers gave before
+            if states := [s[name] for s in samples if name in s]:
+                batch[name] = torch.cat(states)
         if skipped := [entry for s in samples for entry in s.get("skipped", ())]:
             batch["skipped"] = skipped
         return batch

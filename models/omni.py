@@ -37,6 +37,7 @@ MEDIA = (
     "pixel_values",
     "image_grid_thw",
     "audio_hidden",
+    "video_embeds",
 )
 ON_HOST = ("feature_attention_mask", "video_grid_thw", "video_second_per_grid", "video_seconds", "image_grid_thw")
 PAIRS = (MEDIA[:2], MEDIA[2:4], MEDIA[6:8])
@@ -163,6 +164,16 @@ class CompressedOmni(nn.Module):
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=parts.LORA_TARGETS)
         parts.language_model(self.thinker).add_adapter(config)
 
+    def remove_adapter(self) -> None:
+        """Takes LoRA out of the LLM again, if it is there: its modules are those from before."""
+        language_model = parts.language_model(self.thinker)
+        if self.adapter is not None:
+            language_model.delete_adapter("default")
+            for name, module in list(language_model.named_modules()):
+                if hasattr(module, "base_layer"):
+                    language_model.set_submodule(name, module.base_layer)
+            self.adapter = None
+
     def add_ctc(self, weight: float) -> None:
         """Adds `weight` times the CTC loss of `CTCAlignment` in training."""
         self.ctc_weight = weight
@@ -265,7 +276,9 @@ class CompressedOmni(nn.Module):
             attention_mask: `[B, L]`. Default: all ones.
             labels: `[B, L]`, -100 where nothing is to be learnt.
             padding_side: of the result.
-            media: of the names in `MEDIA`, as the processor gives them.
+            media: of the names in `MEDIA`, as the processor gives them. Towers are frozen, so what they gave before may
+                be given again: `audio_hidden`, what `hidden_audio` gave for these clips, and `video_embeds`, what
+                `encode_video` gave. The features and pixels beside them are then not read, and may be of no rows.
         """
         with deferred_checks():
             return self._encode(input_ids, attention_mask, labels, padding_side, media)
@@ -290,7 +303,9 @@ class CompressedOmni(nn.Module):
             embeds = scatter(embeds, layout, Kind.IMAGE, image)
         if media.get("pixel_values_videos") is not None:
             grid = media["video_grid_thw"]
-            video = encode_video(self.thinker, media["pixel_values_videos"], grid)
+            video = media.get("video_embeds")
+            if video is None:
+                video = encode_video(self.thinker, media["pixel_values_videos"], grid)
             streams[Kind.VIDEO] = TokenStream(video, tuple((grid.prod(dim=1) // self.token_ids.merge**2).tolist()))
         compressor = self.drawn_compressor()
         in_tower, after = (None, None) if compressor is None else compressor.split()

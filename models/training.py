@@ -55,6 +55,39 @@ def warm_up(
     """
     parameters = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed, "name": "warm-up by CTC"}
+    return fit(model, samples, collate, lambda batch: model.ctc_loss(**batch), optimizer, **options)
+
+
+def fit(
+    model: CompressedOmni,
+    samples: Sequence[dict[str, Any]],
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
+    loss: Callable[[dict[str, Any]], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    name: str,
+) -> list[float]:
+    """Trains for so many steps, in this process alone: cosine schedule, gradients clipped at 1, nothing saved.
+
+    Args:
+        model: put into train mode for the duration.
+        samples: encoded, with `labels`; in every epoch in another order.
+        collate: makes a batch of them.
+        loss: of the tensors of a batch.
+        optimizer: of what is trained.
+        steps: optimizer steps.
+        batch_size: samples per step.
+        seed: of the order of the samples.
+        name: shown by the progress bar.
+
+    Returns:
+        The loss at every step.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     schedule = get_cosine_schedule_with_warmup(optimizer, min(10, steps // 10), steps)
     loader = DataLoader(
         samples,  # type: ignore[arg-type]
@@ -66,18 +99,17 @@ def warm_up(
     losses: list[float] = []
     training = model.training
     model.train()
-    with tqdm(total=steps, desc="warm-up by CTC") as bar:
+    with tqdm(total=steps, desc=name, leave=False) as bar:
         while len(losses) < steps:
             for batch in loader:
                 model.step = len(losses)
-                inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-                loss = model.ctc_loss(**inputs)
+                value = loss({k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)})
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
-                losses.append(loss.item())
+                losses.append(value.item())
                 bar.set_postfix(loss=f"{losses[-1]:.2f}")
                 bar.update()
                 if len(losses) == steps:
