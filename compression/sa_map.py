@@ -141,7 +141,7 @@ def _follow(ends: Tensor) -> Tensor:
     count = len(ends)
     jump = functional.pad(ends, (0, 1), value=count)
     reached = torch.zeros_like(jump, dtype=torch.bool)
-    reached[0] = True
+    reached[:1].fill_(True)  # assigning a Python value to one element waits for the GPU
     for _ in range(count.bit_length()):  # each round doubles how far the jumps and the chain reach
         reached.index_fill_(0, jump.where(reached, count), True)  # the one beyond the end is no token
         jump = jump[jump]
