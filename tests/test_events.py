@@ -11,10 +11,10 @@ import torch
 from test_timeline import data_set, folder, stamps  # noqa: F401  (fixtures)
 from tiny import tiny_processor, tiny_thinker
 
-from audiopress.benchmarks import events
+from audiopress.benchmarks import event_testbed, events
 from audiopress.benchmarks.event_clips import Encoded, KeptClips, load_clips
 from audiopress.benchmarks.event_scores import Question, number, scores, things
-from audiopress.benchmarks.events import Recipe, TimeTestbed
+from audiopress.benchmarks.event_testbed import Recipe, TimeSettings, TimeTestbed
 from audiopress.benchmarks.longvale import VideoEncoder
 from audiopress.data.collator import OmniCollator
 from audiopress.data.longvale import load_dialogues
@@ -30,7 +30,7 @@ RECIPE = Recipe(batch=2, learning_rate=1e-2, connector_learning_rate=1e-2, lora_
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    monkeypatch.setattr(events, "NEW_TOKENS", {"grounding": 3, "seg_captioning": 3, "counting": 2})
+    monkeypatch.setattr(event_testbed, "NEW_TOKENS", {"grounding": 3, "seg_captioning": 3, "counting": 2})
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_answers_are_those_of_the_ordinary_path(testbed, processor):
     for task, (_, answer) in row["examples"].items():
         asked = next(q for q in testbed.questions if q.kind.task == task)
         inputs = without_ids(collate([encoder(asked.record, True)]))
-        told = model.generate(**inputs, max_new_tokens=events.NEW_TOKENS[task])
+        told = model.generate(**inputs, max_new_tokens=event_testbed.NEW_TOKENS[task])
         assert processor.tokenizer.decode(told[0], skip_special_tokens=True).strip() == answer
     assert row["questions"] == len(testbed.questions)
 
@@ -244,7 +244,7 @@ def test_a_recipe_is_positive(name):
 
 @pytest.fixture
 def command(monkeypatch, testbed, data_set, tmp_path):  # noqa: F811
-    monkeypatch.setattr(events, "load_testbed", lambda *args, **kwargs: testbed)
+    monkeypatch.setattr(TimeSettings, "open", lambda *_: testbed)
 
     def run(*options):
         output = ["--output", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--commit", "abc"]
@@ -269,10 +269,10 @@ def test_the_command(command, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--limit", "0"], "--limit must be 1 or more, got 0"),
+        (["--limit", "0"], "limit must be a whole number >= 1, got 0"),
         (["--methods", "stacking"], "stacking has weights to train: give --steps, or --model a saved variant"),
         (["--methods", "nothing"], "nothing"),
-        (["--steps", "-1"], "--steps and --workers must be 0 or more"),
+        (["--steps", "-1"], "--steps must be a whole number >= 0, got -1"),
         (["--lora-r", "0", "--steps", "1"], "lora_r must be positive, got 0"),
     ],
 )
