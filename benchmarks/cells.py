@@ -145,14 +145,14 @@ def run_cells(
             bar.set_postfix_str(", ".join(str(cell[name]) for name in names if cell.get(name)))
             row = next((row for row in before if cell.items() <= row.items()), None)
             if row is None:
-                row = where | cell | _attempt(measure, cell)
+                row = where | cell | attempt(measure, cell)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
             rows.append(row)
     return rows
 
 
-def _attempt(measure: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[str, Any]:
+def attempt(measure: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[str, Any]:
     """Gives what was found in a cell, or how it failed: one cell's failure is no reason to stop the others."""
     try:
         return measure(cell) | {"status": "ok"}

@@ -289,6 +289,10 @@ class TimeSettings:
             **{name: getattr(self, name) for name in names},
         }
 
+    def training(self) -> dict[str, Any]:
+        """Gives what all cells with training have in common."""
+        return {"recipe": dataclasses.asdict(self.recipe)}
+
     @property
     def saved(self) -> bool:
         """Whether the model is a saved variant."""

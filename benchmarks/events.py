@@ -98,8 +98,7 @@ def make_cells(args: argparse.Namespace, settings: TimeSettings) -> list[Cell]:
     check_count("--steps", args.steps, least=0)
     check_count("--workers", args.workers, least=0)
     common = settings.common() | {"options": {}, "positions": args.positions, "steps": args.steps}
-    if args.steps:
-        common["recipe"] = dataclasses.asdict(settings.recipe)
+    common |= settings.training() if args.steps else {}
     pairs: list[tuple[str, float | None]] = []
     if settings.saved:
         if args.methods or args.steps:
