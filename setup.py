@@ -7,7 +7,7 @@ SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks")
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.10.7", "tensorboard>=2.16", "rich>=13"]
 TEST = [*DEMO, "pytest>=8.3.4", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
-BENCH = [*DEMO, "pandas>=2.1", "pycocoevalcap>=1.2"]
+BENCH = [*DEMO, "pandas>=2.1", "pycocoevalcap>=1.2", "num2words>=0.5.13", "altair>=6", "vl-convert-python>=1.9"]
 
 
 class BuildPy(build_py):
@@ -28,6 +28,7 @@ setup(
     cmdclass={"build_py": BuildPy},
     package_dir={"audiopress": "."},
     packages=["audiopress", *(f"audiopress.{name}" for name in SUBPACKAGES)],
+    package_data={"audiopress.benchmarks": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # the video processor of transformers resizes frames with it

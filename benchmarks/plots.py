@@ -247,7 +247,7 @@ def _check_tokens(tokens: Mapping[str, TokenStream], seconds: float) -> tuple[di
             raise ValueError(
                 f"{name}: the stream must be of one clip, got {len(stream.lengths)}; see TokenStream.split"
             )
-    spans = {name: _spans(stream) for name, stream in tokens.items()}
+    spans = {name: token_spans(stream) for name, stream in tokens.items()}
     # The towers' padding moves the count by one either way; the streams know it exactly, where they reach the end.
     expected = int(seconds * AUDIO_TOKENS_PER_SECOND + 1e-6)
     ends = {name: math.ceil(span.max(initial=0) - 1e-3) for name, span in spans.items()}
@@ -264,7 +264,7 @@ def _check_tokens(tokens: Mapping[str, TokenStream], seconds: float) -> tuple[di
     return {"uncompressed": np.stack([slots, slots + 1], axis=1), **spans}, length
 
 
-def _spans(stream: TokenStream) -> np.ndarray:
+def token_spans(stream: TokenStream) -> np.ndarray:
     """Gives where each token's box begins and ends, `[M, 2]` in slots; the rule is in `plot_tokens`."""
     slots, sizes = (x.detach().cpu().double().numpy() for x in (stream.slots, stream.sizes))
     if (sizes == 1).all():
@@ -278,8 +278,12 @@ def _spans(stream: TokenStream) -> np.ndarray:
     return np.stack([starts, np.minimum(centres + sizes / 2, np.concatenate([half_way, [np.inf]]))], axis=1)
 
 
-def _draw_spectrogram(axes: Axes, samples: np.ndarray, sampling_rate: int, zoom: float) -> None:
-    """Draws 80 mel bands up to 8 kHz, windows of 25 ms, the loudest 70 dB."""
+def log_mel(samples: np.ndarray, sampling_rate: int) -> tuple[np.ndarray, float, float]:
+    """Gives a spectrogram: 80 mel bands up to 8 kHz, windows of 25 ms, the loudest 70 dB.
+
+    Returns:
+        `[80, frames]` in [0, 1], low bands first; the second at which the first frame begins; and seconds per frame.
+    """
     top = min(_TOP_HZ, sampling_rate / 2)
     size, hop = round(0.025 * sampling_rate), max(1, round(0.005 * sampling_rate))
     fft = 2 ** math.ceil(math.log2(2.5 * size))  # zero-padded, so that the lowest bands are not empty
@@ -288,15 +292,17 @@ def _draw_spectrogram(axes: Axes, samples: np.ndarray, sampling_rate: int, zoom:
     padded = np.pad(samples, fft)  # quiet edges, and room for clips shorter than a window
     power = spectrogram(padded, window, size, hop, fft, power=2.0, mel_filters=filters, center=False)
     decibels = 10 * np.log10(np.maximum(power, 1e-12))
-    loudest = decibels.max()
+    shades = np.clip(1 + (decibels - decibels.max()) / _DECIBELS, 0, 1)
+    return shades, (size / 2 - fft - hop / 2) / sampling_rate, hop / sampling_rate
 
+
+def _draw_spectrogram(axes: Axes, samples: np.ndarray, sampling_rate: int, zoom: float) -> None:
+    shades, begin, step = log_mel(samples, sampling_rate)
+    top = min(_TOP_HZ, sampling_rate / 2)
     top_mel = float(hertz_to_mel(top))
-    step = top_mel / (_MELS + 1)
-    begin = (size / 2 - fft - hop / 2) / sampling_rate
-    extent = (begin, begin + power.shape[1] * hop / sampling_rate, step / 2, top_mel - step / 2)
-    axes.imshow(
-        decibels, cmap="magma", vmin=loudest - _DECIBELS, vmax=loudest, extent=extent, origin="lower", aspect="auto"
-    )
+    half_band = top_mel / (_MELS + 1) / 2
+    extent = (begin, begin + shades.shape[1] * step, half_band, top_mel - half_band)
+    axes.imshow(shades, cmap="magma", vmin=0, vmax=1, extent=extent, origin="lower", aspect="auto")
     ticks = [hertz for hertz in (250, 500, 1_000, 2_000, 4_000, 8_000) if hertz <= top]
     axes.set_yticks(
         [min(float(hertz_to_mel(hertz)), extent[3]) for hertz in ticks], [f"{hertz / 1000:g}" for hertz in ticks]

@@ -4,6 +4,8 @@ python benchmarks/report.py runs/pooling             # prints the table of a run
 python benchmarks/report.py runs/pooling --readme    # puts it, its pictures and its JSON into the repository
 python benchmarks/report.py speed                    # the tables of benchmarks/results, pictures in runs/pictures
 python benchmarks/report.py speed --readme           # puts both into the repository
+python benchmarks/report.py accuracy                 # the same of accuracy: both testbeds, and ablations
+python benchmarks/report.py --html                   # a page of the rows of accuracy, and of clips to hear
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch
 
+from audiopress.benchmarks.page import write_page
+from audiopress.benchmarks.accuracy_report import accuracy_report
 from audiopress.benchmarks.plots import plot_tokens, plot_training
 from audiopress.benchmarks.scoring import Evaluation, to_device
 from audiopress.benchmarks.speed_report import speed_report
@@ -26,8 +30,10 @@ from audiopress.data.media import read_audio
 from audiopress.data.records import Record
 from audiopress.models import CompressedOmni
 from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, Kind
+from audiopress.models.packages import FetchError
 
-SPEED = "speed"  # what is reported in place of a run, and the README's mark of it
+PAGE = Path("runs/page.html")
+SPEED, ACCURACY = "speed", "accuracy"  # what is reported in place of a run, and the README's marks of both
 
 
 def row(result: Evaluation) -> dict[str, Any]:
@@ -128,28 +134,40 @@ def replace_between(page: Path, mark: str, text: str) -> None:
 
 
 def main() -> None:
-    """Prints, or publishes, the report of a run or of speed."""
+    """Prints, or publishes, the report of a run, of speed or of accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help=f"the output directory of train_compress.py, or {SPEED!r}")
+    parser.add_argument("run", nargs="?", help=f"the output directory of train_compress.py, {SPEED!r} or {ACCURACY!r}")
     parser.add_argument("--readme", action="store_true", help="publish it in the repository")
-    parser.add_argument("--results", type=Path, help="of speed: the folder of the rows; default: benchmarks/results")
+    parser.add_argument("--html", nargs="?", const=PAGE, type=Path, metavar="FILE", help=f"the page; default: {PAGE}")
+    parser.add_argument("--results", type=Path, help="the folder of the rows; default: benchmarks/results")
     parser.add_argument("--device", help="of speed: a part of its name; default: that of the newest row")
     parser.add_argument("--commit", help="of speed: its beginning, or 'any'; default: that of the newest row")
     args = parser.parse_args()
+    if (args.run is None) == (args.html is None):
+        parser.error(f"name a run, {SPEED!r}, or --html")
     root = Path(__file__).parents[1]
     try:
-        if args.run == SPEED:
+        if args.html is not None:
+            print(write_page(args.results or root / "benchmarks/results", args.html))
+            return
+        if args.run in (SPEED, ACCURACY):
             pictures = root / "benchmarks/pictures" if args.readme else Path("runs/pictures")
-            text = speed_report(args.results or root / "benchmarks/results", pictures, args.device, args.commit)
+            results = args.results or root / "benchmarks/results"
+            if args.run == SPEED:
+                text = speed_report(results, pictures, args.device, args.commit)
+            else:
+                text = accuracy_report(results, pictures)
             print(text)
             if args.readme:
-                replace_between(root / "README.md", SPEED, text.replace(f"]({root.as_posix()}/", "]("))
+                replace_between(root / "README.md", args.run, text.replace(f"]({root.as_posix()}/", "]("))
             return
         run = Path(args.run)
         print(table(json.loads((run / "results.json").read_text())))
         if args.readme:
             publish(run, root)
-    except (OSError, ValueError) as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: {error}; pip install -e ".[bench]"')
+    except (OSError, ValueError, FetchError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -151,22 +151,22 @@ def test_the_slots_of_a_clip_are_known_from_its_streams() -> None:
 
 def test_boxes_cover_what_the_tokens_stand_for() -> None:
     kept = TokenStream(torch.zeros(3, 8), (3,), slots=torch.tensor([0, 4, 5]))
-    assert plots._spans(kept).tolist() == [[0, 1], [4, 5], [5, 6]]
+    assert plots.token_spans(kept).tolist() == [[0, 1], [4, 5], [5, 6]]
 
     runs = TokenStream(
         torch.zeros(3, 8), (3,), slots=torch.tensor([0, 2, 6]), sizes=torch.tensor([1.0, 4.0, 3.0])
     )  # slots 0, 1-4 and 5-7
-    assert plots._spans(runs).tolist() == [[0, 1], [1, 5], [5, 8]]
+    assert plots.token_spans(runs).tolist() == [[0, 1], [1, 5], [5, 8]]
 
     # Two of every ten slots kept, then merged in pairs: nothing is at the sum of the sizes.
     scattered = TokenStream(torch.zeros(2, 8), (2,), slots=torch.tensor([5, 25]), sizes=torch.tensor([2.0, 2.0]))
-    assert plots._spans(scattered).tolist() == [[4.5, 6.5], [24.5, 26.5]]
+    assert plots.token_spans(scattered).tolist() == [[4.5, 6.5], [24.5, 26.5]]
 
 
 @pytest.mark.parametrize("name", ["pooling", "stacking", "conv"])
 @pytest.mark.parametrize("slots", [1, 2, 37, 750])
 def test_merged_boxes_join_up_to_the_whole_clip(name: str, slots: int) -> None:
-    spans = plots._spans(compressed(slots, name))
+    spans = plots.token_spans(compressed(slots, name))
     assert (spans[1:, 0] == spans[:-1, 1]).all()
     assert spans[0, 0] == 0
     assert spans[-1, 1] == slots

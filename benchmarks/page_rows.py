@@ -1,0 +1,382 @@
+"""The rows of accuracy as points of a page: each with its scores, the times measured elsewhere, and its command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
+from audiopress.benchmarks.speed_report import select
+from audiopress.compression import Compressor, build
+from audiopress.compression.base import TOKENS_PER_SECOND
+from audiopress.compression.registry import QWEN_7B
+from audiopress.models.rewrite import POSITIONS
+
+Row = dict[str, Any]
+
+SPEECH, TIME = "speech", "time"  # testbeds
+ALL = "all"  # languages, or kinds of question
+NEAR = 1.3  # a time goes with a point whose share of kept audio tokens differs by this factor at most; a guess
+LONG = 30  # values of a list; a longer one is only counted on the page. A choice
+LEADERS = 8  # methods with a colour of their own: more cannot be told apart. A choice
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score.
+
+    Args:
+        key: in the rows, whose interval is `{key}_interval`.
+        name: in words.
+        scale: from the row's number to the page's.
+    """
+
+    key: str
+    name: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """What is measured on one kind of clips.
+
+    Args:
+        name: a heading.
+        metrics: the first one is shown first, and tells who leads.
+        error: whether less is better.
+        parts: the key in the rows of the scores by part.
+        part: what such a part is.
+        settings: keys that tell sets of clips apart; only rows of one set are compared.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...]
+    error: bool
+    parts: str
+    part: str
+    settings: tuple[str, ...]
+
+
+TESTBEDS = {
+    SPEECH: Testbed(
+        "Words",
+        (
+            Metric("wer", "Word error rate, %", 100),
+            Metric("cer", "Character error rate, %", 100),
+        ),
+        True,
+        "by_language",
+        "language",
+        ("model", "languages", "splits", "joined", "limit"),
+    ),
+    TIME: Testbed(
+        "Times",
+        (
+            Metric("miou", "Mean IoU of the spans, %", 100),
+            Metric("caption_accuracy", "Captions without an error, %", 100),
+            Metric("caption_things", "Things that captions name, %", 100),
+            Metric("counting_accuracy", "Counts right, %", 100),
+        ),
+        False,
+        "by_needs",
+        "question needs",
+        ("model", "weights", "data", "split", "limit", "num_frames", "steps"),
+    ),
+}
+TIMES = {  # by key: what was timed, the benchmark's file, and the field of its rows
+    "first_token": ("ms to the first token", "throughput", "first_token"),
+    "answer": ("ms of an answer of 14 tokens", "throughput", "answer"),
+    "compressing": ("ms of compressing alone", "compressors", "ms"),
+}
+
+
+def page_points(results: Path) -> dict[str, Any]:
+    """Gives what a page shows of the rows in a folder, as JSON can hold it.
+
+    Every file `*.jsonl` is read. Of a cell that was measured more than once the last row counts.
+    """
+    cells: dict[str, tuple[Row, str]] = {}
+    for file in sorted(results.glob("*.jsonl")):
+        for number, row in enumerate(read_json_lines(file), 1):
+            if (testbed := kind_of(row)) is not None:
+                cells[_cell(row, testbed)] = row, f"{file.name}, line {number}"
+    times = measured_times(results)
+    points = [point(row, source, times) for row, source in cells.values()]
+    for number, each in enumerate(points):
+        each["id"] = number
+    return {
+        "testbeds": {key: _testbed(key, [p for p in points if p["testbed"] == key]) for key in TESTBEDS},
+        "times": {key: words for key, (words, _, _) in TIMES.items()},
+        "timed": {key: found["about"] for key, found in times.items()},
+        "near": NEAR,
+        "points": points,
+    }
+
+
+def read_json_lines(file: Path) -> list[Row]:
+    """Gives the rows of a file; numbers that JSON does not know, such as NaN, as their names."""
+    return [json.loads(json.dumps(row), parse_constant=str) for row in read_rows(file)]
+
+
+def kind_of(row: Row) -> str | None:
+    """Gives a row's testbed; None: it is not one of accuracy. Rows of speech that do not name theirs name languages."""
+    testbed = row.get("testbed", SPEECH if "languages" in row else None)
+    return testbed if testbed in TESTBEDS else None
+
+
+def point(row: Row, source: str, times: dict[str, Any]) -> dict[str, Any]:
+    """Gives one row as the page needs it.
+
+    Args:
+        row: of any status.
+        source: file and line.
+        times: what `measured_times` gave.
+    """
+    key = kind_of(row)
+    assert key is not None
+    testbed, ok = TESTBEDS[key], row["status"] == "ok"
+    parts = {ALL: row} | (row.get(testbed.parts) or {}) if ok else {}
+    scores = {name: _scores(part, testbed.metrics) for name, part in parts.items()}
+    kept = row.get("kept") or {}
+    return {
+        "testbed": key,
+        "setting": setting(row, testbed),
+        "method": row["method"],
+        "series": series(row),
+        "rate": _rate(row),
+        "tokens_per_second": row.get("tokens_per_second"),
+        "share": _share(row),
+        "scores": {name: found for name, found in scores.items() if found},
+        "times": {name: found for name, table in times.items() if (found := _nearest(row, kept, table["rows"]))},
+        **traits(row),
+        "status": row["status"],
+        "message": row.get("message", ""),
+        "command": command(row),
+        "source": source,
+        "row": _short(row),
+    }
+
+
+def traits(row: Row) -> dict[str, Any]:
+    """Gives stage, and whether the method is trained and sees the question: as the row says, else as registered."""
+    names = ("stage", "trained", "query_aware")
+    if row["method"] in (TRANSFORMERS, NONE):
+        return dict(zip(names, ("none", False, False), strict=True)) | {n: row[n] for n in names if row.get(n)}
+    if all(row.get(name) is not None for name in names):
+        return {name: row[name] for name in names}
+    made = _made(row["method"])
+    return {name: row[name] if row.get(name) is not None else getattr(made, name) for name in names}
+
+
+def series(row: Row) -> str:
+    """Gives the name of a line: the method, and what was set otherwise than by default, but for its rate."""
+    changed = {"positions": row["positions"]} if row.get("positions", POSITIONS[0]) != POSITIONS[0] else {}
+    options = row.get("config") or row.get("options")
+    if options and row["method"] not in (TRANSFORMERS, NONE) and "+" not in row["method"]:
+        config = _made(row["method"]).config
+        usual = json.loads(json.dumps(dataclasses.asdict(config)))
+        fixed = {name: value for name, value in options.items() if name in usual and name not in config.rate_options}
+        changed |= {name: value for name, value in fixed.items() if value != usual[name]}
+    once = ["once for all rates"] * bool(row.get("elastic"))
+    return ", ".join([row["method"], *once, *(f"{name}={value}" for name, value in changed.items())])
+
+
+def setting(row: Row, testbed: Testbed) -> str:
+    """Says in words which model was measured on which clips."""
+    words = {
+        "joined": lambda joined: "dense clips" if joined else "single prompts",
+        "limit": lambda limit: f"{limit} clips" + " of each language" * ("languages" in row),
+        "weights": lambda digests: f"weights {_digest(digests)}",
+        "data": lambda data: f"clip set {_digest(data)}",
+        "num_frames": lambda frames: f"{frames} frames",
+        "steps": lambda steps: f"LLM trained for {steps} steps" if steps else "LLM as it is",
+    }
+    given = {name: row[name] for name in testbed.settings if row.get(name) is not None}
+    plain = " and ".join
+    return ", ".join(
+        words[name](value) if name in words else plain(value) if isinstance(value, list) else str(value)
+        for name, value in given.items()
+    )
+
+
+def command(row: Row) -> str:
+    """Gives the command that makes a row; a row that holds it knows best."""
+    if row.get("command"):
+        return row["command"]
+    if row.get("questions"):
+        words = [
+            "python",
+            "benchmarks/ablation.py",
+            "benchmarks/configs/ablation.yaml",
+            "--questions",
+            row["questions"][0],
+        ]
+        return shlex.join(words)
+    return shlex.join(["python", *(_speech(row) if kind_of(row) == SPEECH else _events(row))])
+
+
+def _speech(row: Row) -> list[str]:
+    """Gives the words of a command, but for those that are the same by default in every version."""
+    words = ["benchmarks/speech.py", *_option(row, "model")]
+    if row["method"] not in BASELINES:  # those are in every run
+        words += _option(row, "method", "methods")
+    if row.get("keep_ratio") is not None:
+        words += ["--rates", repr(TOKENS_PER_SECOND * row["keep_ratio"]).removesuffix(".0")]
+    words += [*_option(row, "languages"), *_option(row, "splits"), "--joined" if row["joined"] else "--single"]
+    words += _option(row, "limit")
+    if row.get("steps"):
+        for name, option in (("steps", "train-steps"), ("train_batch",) * 2, ("train_rate",) * 2, ("seed", "seeds")):
+            words += _option(row, name, option)
+    return words
+
+
+def _events(row: Row) -> list[str]:
+    words = ["benchmarks/events.py", "runs/timeline", *_option(row, "model")]
+    if not row.get("weights"):  # a saved variant has its own method
+        words += _option(row, "method", "methods")
+    names = ("positions", "steps", "split", "limit", "num_frames")
+    words += [*_option(row, "keep_ratio", "keep-ratios"), *(word for name in names for word in _option(row, name))]
+    words += _option(row, "seed", "seeds")
+    for name in (row.get("recipe") or {}) if row.get("steps") else ():
+        words += _option(row["recipe"], name)
+    return words
+
+
+def _option(row: Row, name: str, option: str | None = None) -> list[str]:
+    """Gives an option of a command with a row's value; nothing where it has none."""
+    value = row.get(name)
+    if value is None:
+        return []
+    return [f"--{(option or name).replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _digest(value: Any) -> str:
+    """Gives a few letters that tell one value from another."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def measured_times(results: Path) -> dict[str, Any]:
+    """Gives, for each of `TIMES` that was measured, the rows of its newest device and commit, and what they are of."""
+    found = {}
+    for key, (_, benchmark, field) in TIMES.items():
+        rows = [row for row in select(read_json_lines(results / f"{benchmark}.jsonl"), benchmark) if field in row]
+        rows = [row for row in rows if row["status"] == "ok"]
+        longest = max((row.get("seconds") or row["clip_seconds"] for row in rows), default=0)
+        rows = [row for row in rows if (row.get("seconds") or row["clip_seconds"]) == longest]
+        if rows:
+            last = rows[-1]
+            about = f"{last['device']}, {longest:g} s of sound" + ", video beside it" * bool(last.get("video"))
+            found[key] = {
+                "about": f"{about}; commit {last['commit'][:7]}",
+                "rows": [_time(row, field) for row in rows],
+            }
+    return found
+
+
+def _time(row: Row, field: str) -> dict[str, Any]:
+    kept = row["kept"]["audio"] if "kept" in row else row["tokens_out"] / row["tokens_in"]
+    times = {name: row[field][name] for name in ("median", "p20", "p80")}
+    return {"method": row["method"], "kept": kept, "ms": times.pop("median"), **times}
+
+
+def _nearest(row: Row, kept: dict[str, float], times: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Gives the time of the same method whose share of kept audio is nearest, unless it is too far off."""
+    if not kept.get("audio"):
+        return None
+
+    def distance(time: dict[str, Any]) -> float:
+        return abs(math.log(time["kept"] / kept["audio"]))
+
+    near = [time for time in times if time["method"] == row["method"] and distance(time) <= math.log(NEAR)]
+    best = min(near, key=distance, default=None)
+    return None if best is None else {name: value for name, value in best.items() if name != "method"}
+
+
+def _scores(part: Row, metrics: Sequence[Metric]) -> dict[str, list[float | None]]:
+    """Gives value, low and high end of each metric that is there and a number."""
+    scores = {}
+    for metric in metrics:
+        value, interval = part.get(metric.key), part.get(f"{metric.key}_interval") or (None, None)
+        if isinstance(value, int | float):
+            ends = [metric.scale * end if isinstance(end, int | float) else None for end in interval]
+            scores[metric.key] = [metric.scale * value, *ends]
+    return scores
+
+
+def _rate(row: Row) -> float | None:
+    """Gives the requested tokens per second, or those that were reached where none were requested."""
+    asked = row.get("keep_ratio")
+    rate = row.get("tokens_per_second") if asked is None else TOKENS_PER_SECOND * asked
+    return None if rate is None else round(rate, 3)
+
+
+def _share(row: Row) -> float | None:
+    """Gives the percentage of audio and video tokens that are left."""
+    counts = (row.get("tokens") or {}).values()
+    before, after = (sum(count[i] for count in counts) for i in (0, 1))
+    return 100 * after / before if before else None
+
+
+def _cell(row: Row, testbed: str) -> str:
+    """Gives what tells a cell from others: what an ablation says it is, or its settings."""
+    names = ("method", "keep_ratio", "seed", "steps", "elastic", "train_batch", "train_rate", "recipe", "positions")
+    settings = {name: row.get(name) for name in (*names, *TESTBEDS[testbed].settings)}
+    return json.dumps(row.get("cell") or [testbed, settings], sort_keys=True)
+
+
+def _testbed(key: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Gives what the page says of a testbed, and the sets of clips, those with most points first."""
+    testbed = TESTBEDS[key]
+    settings = [p["setting"] for p in points]
+    found = [m for m in testbed.metrics if any(m.key in part for p in points for part in p["scores"].values())]
+    return {
+        "name": testbed.name,
+        "part": testbed.part,
+        "metrics": [dataclasses.asdict(metric) for metric in found],
+        "settings": sorted(dict.fromkeys(settings), key=settings.count, reverse=True),
+        "leaders": leaders(points, testbed),
+    }
+
+
+def leaders(points: Sequence[dict[str, Any]], testbed: Testbed) -> list[str]:
+    """Gives the lines that get a colour: those that are among the best of most rates, over all sets of clips.
+
+    At each rate of a set a line earns 1 / its rank. The baselines have looks of their own and do not count.
+    """
+    key = testbed.metrics[0].key
+    ranked: dict[tuple[str, Any], dict[str, float]] = {}
+    for p in points:
+        if p["method"] not in BASELINES and key in p["scores"].get(ALL, {}):
+            value = p["scores"][ALL][key][0]
+            ranked.setdefault((p["setting"], p["rate"]), {})[p["series"]] = value if testbed.error else -value
+    earned: dict[str, float] = {}
+    for values in ranked.values():
+        for rank, name in enumerate(sorted(values, key=lambda name: values[name]), 1):
+            earned[name] = earned.get(name, 0) + 1 / rank
+    return sorted(earned, key=lambda name: (-earned[name], name))[:LEADERS]
+
+
+def _short(value: Any) -> Any:
+    """Gives a row with what is too long for a page counted."""
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return f"{len(value):,} values, in the row's file" if len(value) > LONG else [_short(each) for each in value]
+    return value
+
+
+@functools.cache
+def _made(method: str) -> Compressor:
+    """Builds a method without weights, at the sizes of Qwen2.5-Omni-7B."""
+    with torch.device("meta"):
+        return build(method, **vars(QWEN_7B))
