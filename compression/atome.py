@@ -123,7 +123,7 @@ class AToMe(MergeCompressor, EncoderMethod):
             weights = None if self.config.average == "size" else torch.ones_like(states.sizes)
             if keys is not None:
                 keys = segment_mean(keys, states.sizes if weights is None else weights, counts)
-            states = merge_runs(states, counts, lengths, weights)
+            states = merge_runs(states, counts, lengths, weights, self.config.norm_preserving)
             rounds += 1
         return states
 

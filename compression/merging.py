@@ -1,4 +1,4 @@
-"""What the methods that merge neighbours share: options, the likeness of neighbours, and merging in several rounds."""
+"""What the methods that merge share: the merged token, the likeness of neighbours, and merging in several rounds."""
 
 from __future__ import annotations
 
@@ -25,8 +25,27 @@ from .stream import TokenStream
 
 
 @dataclass(frozen=True)
-class MergeConfig(CompressorConfig):
-    """Options of every method that merges neighbours.
+class MergedTokenConfig(CompressorConfig):
+    """Adds what a merged token keeps of the tokens it stands for.
+
+    Args:
+        keep_ratio: tokens out / tokens in, in (0, 1].
+        norm_preserving: whether it is rescaled to their mean norm; a mean of tokens is shorter than they are.
+        proportional_attention: whether the LLM adds log(size) to its attention logits (ToMe, 2210.09461).
+    """
+
+    norm_preserving: bool = False
+    proportional_attention: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("norm_preserving", self.norm_preserving)
+        check_flag("proportional_attention", self.proportional_attention)
+
+
+@dataclass(frozen=True)
+class MergeConfig(MergedTokenConfig):
+    """Options of every method that merges neighbours which are alike.
 
     Args:
         keep_ratio: tokens out / tokens in, in (0, 1].
@@ -34,13 +53,11 @@ class MergeConfig(CompressorConfig):
             last layer, mean of a token's two states ("keys").
         key_heads: the keys' mean is taken over so many heads (20 in Qwen2.5-Omni's tower); 1 compares all heads side
             by side.
-        proportional_attention: whether the LLM adds log(size) to a merged token's attention logits (ToMe, 2210.09461).
     """
 
     keep_ratio: float = 0.5
     metric: Literal["features", "keys"] = "features"
     key_heads: int = 1
-    proportional_attention: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +65,6 @@ class MergeConfig(CompressorConfig):
         check_count("key_heads", self.key_heads)
         if self.key_heads > 1 and self.metric != "keys":
             raise ValueError(f"key_heads needs metric='keys', got {self.key_heads} with metric={self.metric!r}")
-        check_flag("proportional_attention", self.proportional_attention)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,18 @@ class Merged:
         )
 
 
-class MergeCompressor(Compressor):
+class TokenMerger(Compressor):
+    """Base class of methods whose config is a `MergedTokenConfig`."""
+
+    config: MergedTokenConfig
+
+    @property
+    def proportional_attention(self) -> bool:
+        """As the option says."""
+        return self.config.proportional_attention
+
+
+class MergeCompressor(TokenMerger):
     """Base class of methods whose config is a `MergeConfig`: one or several rounds of `Merged.merge`."""
 
     config_class: ClassVar[type[CompressorConfig]] = MergeConfig
@@ -127,11 +154,6 @@ class MergeCompressor(Compressor):
     def needs(self) -> frozenset[str]:
         """The tower's keys where they are what is compared."""
         return frozenset({"encoder_keys"} if self.config.metric == "keys" else ())
-
-    @property
-    def proportional_attention(self) -> bool:
-        """As the option says."""
-        return self.config.proportional_attention
 
     def start(self, stream: TokenStream, context: Context) -> Merged:
         """Gives the tokens before the first round.
@@ -150,27 +172,64 @@ class MergeCompressor(Compressor):
     def finish(self, stream: TokenStream, merged: Merged) -> TokenStream:
         """Gives the merged tokens of `stream`, each at the centre of all that went into it."""
         slots, sizes = segment_centres(stream.slots, stream.sizes, merged.runs)
-        return stream.replace(embeds=merged.embeds, lengths=merged.lengths, slots=slots, sizes=sizes)
+        embeds = merged.embeds
+        if self.config.norm_preserving:
+            embeds = keep_norms(embeds, stream.embeds, stream.sizes, merged.runs)
+        return stream.replace(embeds=embeds, lengths=merged.lengths, slots=slots, sizes=sizes)
 
 
 def merge_runs(
-    stream: TokenStream, counts: Tensor, lengths: Sequence[int] | None = None, weights: Tensor | None = None
+    stream: TokenStream,
+    counts: Tensor,
+    lengths: Sequence[int] | None = None,
+    weights: Tensor | None = None,
+    norm_preserving: bool = False,
 ) -> TokenStream:
-    """Replaces every run of `counts` `[M]` tokens by their mean, at their centre.
+    """Replaces every run of `counts` `[M]` tokens by their mean, at their centre; a token alone stays, bit for bit.
 
     Args:
         stream: the tokens.
         counts: tokens per run; no run crosses from one clip into another.
         lengths: runs per clip, where they are known; to count them is to wait for the GPU.
         weights: `[N]`, of the mean. Default: the sizes.
+        norm_preserving: whether the mean gets the mean norm of its tokens.
     """
+    tokens = stream.embeds.float() if norm_preserving else stream.embeds  # rounded once, after both steps
     if weights is None:
-        embeds, slots, sizes = segment_merge(stream.embeds, stream.slots, stream.sizes, counts)
+        embeds, slots, sizes = segment_merge(tokens, stream.slots, stream.sizes, counts)
     else:
-        embeds = segment_mean(stream.embeds, weights, counts)
+        embeds = segment_mean(tokens, weights, counts)
         slots, sizes = segment_centres(stream.slots, stream.sizes, counts)
+    if norm_preserving:
+        embeds = keep_norms(embeds, tokens, stream.sizes, counts).to(stream.embeds.dtype)
     lengths = runs_per_clip(stream.lengths, counts) if lengths is None else tuple(lengths)
     return stream.replace(embeds=embeds, lengths=lengths, slots=slots, sizes=sizes)
+
+
+def keep_norms(merged: Tensor, embeds: Tensor, sizes: Tensor, counts: Tensor) -> Tensor:
+    """Gives every merged token the mean norm of its run, weighted by size: `[M, D]` float32.
+
+    Args:
+        merged: `[M, D]`.
+        embeds: `[N, D]`, what was merged.
+        sizes: `[N]`.
+        counts: `[M]`, tokens per run.
+    """
+    norms = torch.linalg.vector_norm(embeds.float(), dim=1, keepdim=True)
+    return rescale(merged.float(), segment_mean(norms, sizes, counts), counts)
+
+
+def rescale(merged: Tensor, norms: Tensor, counts: Tensor) -> Tensor:
+    """Gives merged tokens other norms; one of zeros, and a token alone, stay as they are.
+
+    Args:
+        merged: `[M, D]`.
+        norms: `[M, 1]`.
+        counts: `[M]`, tokens that went into each.
+    """
+    present = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+    changed = (present > 0) & (counts > 1)[:, None]
+    return merged * torch.where(changed, norms / torch.where(changed, present, 1.0), 1.0)
 
 
 def runs_per_clip(lengths: Sequence[int], counts: Tensor) -> tuple[int, ...]:

@@ -14,12 +14,13 @@ from ..kernels import segment_centres, segment_mean, segment_reduce, segment_sof
 from .base import CompressorConfig, Context, Sizes, check_choice, check_count, parameter_count
 from .budget import token_budget, window_budget
 from .frames import FrameCompressor, FrameConfig, even_windows, fixed_windows
+from .merging import MergedTokenConfig, TokenMerger, keep_norms
 from .registry import register
 from .stream import TokenStream
 
 
 @dataclass(frozen=True)
-class PoolingConfig(FrameConfig):
+class PoolingConfig(FrameConfig, MergedTokenConfig):
     """Options of `Pooling`.
 
     Args:
@@ -51,7 +52,7 @@ class PoolingConfig(FrameConfig):
 
 
 @register("pooling")
-class Pooling(FrameCompressor):
+class Pooling(TokenMerger, FrameCompressor):
     """Pools windows of neighbouring tokens. With its defaults it is the control "mean" of the field's tables.
 
     Papers: "Qwen2-Audio Technical Report", arXiv 2407.10759, and "Qwen2.5-Omni Technical Report", arXiv 2503.20215: the
@@ -96,8 +97,10 @@ class Pooling(FrameCompressor):
         else:
             frames, counts = fixed_windows(frames, windows, self.config.k)
         slots, sizes = segment_centres(frames.slots, frames.sizes, counts)
-        embeds = self.project(self.pool(frames, counts))
-        return stream.replace(embeds=embeds, lengths=windows, slots=slots, sizes=sizes)
+        pooled = self.pool(frames, counts)
+        if self.config.norm_preserving:
+            pooled = keep_norms(pooled, frames.embeds, frames.sizes, counts).to(frames.embeds.dtype)
+        return stream.replace(embeds=self.project(pooled), lengths=windows, slots=slots, sizes=sizes)
 
     def pool(self, frames: TokenStream, counts: Tensor) -> Tensor:
         """Pools runs of `counts` `[M]` frames: `[M, D]`."""

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import segment_mean, segment_merge, ward_exact, ward_greedy
+from ..kernels import ward_exact, ward_greedy
 from .base import CompressorConfig, Context, check_choice, check_count, check_flag
 from .budget import token_budget
 from .encoder import EncoderConfig, EncoderMethod, LayerState
-from .merging import runs_per_clip
+from .merging import MergedTokenConfig, TokenMerger, merge_runs
 from .reading import read_attention
 from .registry import register
 from .stream import TokenStream
 
 
 @dataclass(frozen=True)
-class WardConfig(EncoderConfig):
+class WardConfig(EncoderConfig, MergedTokenConfig):
     """Options of `Ward`.
 
     Args:
@@ -56,15 +56,13 @@ class WardConfig(EncoderConfig):
         check_choice("budget", self.budget, ("clip", "batch"))
         check_choice("weights", self.weights, ("none", "attention"))
         check_flag("normalize", self.normalize)
-        check_flag("norm_preserving", self.norm_preserving)
-        check_flag("proportional_attention", self.proportional_attention)
         check_count("max_segment", self.max_segment)
         if self.stage == "encoder" and self.budget == "batch":
             raise ValueError("budget='batch' is for stage='connector': inside the tower every block has its own budget")
 
 
 @register("ward")
-class Ward(EncoderMethod):
+class Ward(TokenMerger, EncoderMethod):
     """Joins neighbouring tokens into the segments of least summed variance, as many as the budget allows.
 
     Joining neighbours is clustering on a line. Ward's criterion (Ward, Hierarchical grouping to optimize an objective
@@ -95,11 +93,6 @@ class Ward(EncoderMethod):
         """Whether the clips of a batch share one budget."""
         return self.config.budget == "batch"
 
-    @property
-    def proportional_attention(self) -> bool:
-        """As configured."""
-        return self.config.proportional_attention
-
     def budget(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Gives each clip's own share; of a pooled budget what is left for it when the others keep one token each."""
         share = token_budget(lengths, self.config.keep_ratio)
@@ -129,14 +122,8 @@ class Ward(EncoderMethod):
         if tuple(share) == stream.lengths:
             return stream
         counts = self.segment(stream, share, attention)
-        if self.adaptive:  # the cost decided what each clip keeps
-            share = runs_per_clip(stream.lengths, counts)
-        embeds = stream.embeds.float()
-        means, slots, sizes = segment_merge(embeds, stream.slots, stream.sizes, counts)
-        if self.config.norm_preserving:
-            norms = torch.linalg.vector_norm(embeds, dim=1, keepdim=True)
-            means = rescale(means, segment_mean(norms, stream.sizes, counts), counts)
-        return stream.replace(embeds=means.to(stream.embeds.dtype), lengths=tuple(share), slots=slots, sizes=sizes)
+        lengths = None if self.adaptive else share  # of a pooled budget the cost decided what each clip keeps
+        return merge_runs(stream, counts, lengths, norm_preserving=self.config.norm_preserving)
 
     @torch.no_grad()
     def segment(self, stream: TokenStream, share: Sequence[int], attention: Tensor | None) -> Tensor:
@@ -147,16 +134,3 @@ class Ward(EncoderMethod):
         if self.config.segmentation == "greedy":
             return ward_greedy(embeds, stream.sizes, stream.lengths, share, self.adaptive)
         return ward_exact(embeds, stream.sizes, stream.lengths, share, self.config.max_segment, self.adaptive)
-
-
-def rescale(means: Tensor, norms: Tensor, counts: Tensor) -> Tensor:
-    """Gives the means of segments other norms; a mean of zeros, and a token alone, stay as they are.
-
-    Args:
-        means: `[M, D]`.
-        norms: `[M, 1]`.
-        counts: `[M]`, tokens per segment.
-    """
-    present = torch.linalg.vector_norm(means, dim=1, keepdim=True)
-    changed = (present > 0) & (counts > 1)[:, None]
-    return means * torch.where(changed, norms / torch.where(changed, present, 1.0), 1.0)

@@ -305,12 +305,16 @@ def test_every_option_says_what_it_cannot_be(name, value):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("staking", {}, "unknown method 'staking'; there are affinity, .*, ward; did you mean 'stacking'"),
+        ("staking", {}, "unknown method 'staking'; there are affinity, .*; did you mean 'stacking'"),
         ("Stacking", {}, "unknown method 'Stacking'"),
         ("conv:ossum", {}, "unknown preset of conv 'ossum'; there are lucy, osum, speechverse; did you mean 'osum'"),
         ("conv:", {}, "unknown preset of conv ''"),
         ("none:x", {}, "unknown preset of none 'x'; there are none"),
-        ("pooling", {"kk": 2}, "pooling has no option kk; its options are keep_ratio, source, k, kind, tail"),
+        (
+            "pooling",
+            {"kk": 2},
+            "pooling has no option kk; its options are keep_ratio, norm_pres.*, k, kind, tail",
+        ),
         ("none", {"keep_ratio": 0.5}, "none keeps every token: keep_ratio must be 1, got 0.5"),
         ("stacking", {"keep_ratio": 0.3}, r"nearby are 0.5 \(2 frames\), 0.333333 \(3 frames\), 0.25 \(4 frames\)"),
         ("stacking", {"keep_ratio": 0.7}, r"nearby are 1 \(1 frames\), 0.5 \(2 frames\)"),

@@ -470,7 +470,57 @@ def test_a_threshold_or_a_ratio_sets_the_rate():
     assert not make("affinity").at(0.25).adaptive
 
 
-def test_proportional_attention_is_an_option():
-    for name in METHODS:
-        assert not make(name).proportional_attention
-        assert make(name, proportional_attention=True).proportional_attention
+@pytest.mark.parametrize("name", [*METHODS, "pooling", "ward"])
+def test_proportional_attention_is_an_option(name):
+    assert make(name).proportional_attention == (name == "ward")
+    for asked in (True, False):
+        assert make(name, proportional_attention=asked).proportional_attention is asked
+
+
+@pytest.mark.parametrize("keep_ratio", [0.7, 0.2])
+@pytest.mark.parametrize("name", [*METHODS, "pooling", "ward"])
+def test_the_mean_norm_is_an_option(name, keep_ratio):
+    """It changes how long a merged token is, and nothing else; a token alone stays as it is."""
+    stream, context = inputs(sized=True)
+    options = {"keep_ratio": keep_ratio, **ON_FEATURES.get(name, {})}
+    plain, kept = (make(name, norm_preserving=asked, **options)(stream, context) for asked in (False, True))
+    assert kept.lengths == plain.lengths
+    assert torch.equal(kept.slots, plain.slots)
+    assert torch.equal(kept.sizes, plain.sizes)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(kept.embeds), torch.nn.functional.normalize(plain.embeds), rtol=1e-5, atol=1e-5
+    )
+    merged = 0
+    for before, after in zip(stream.split(), kept.split(), strict=True):
+        start, sizes, norms = 0, before.sizes.tolist(), before.embeds.double().norm(dim=1).tolist()
+        for token, size in zip(after.embeds, after.sizes.tolist(), strict=True):
+            end, total, norm = start, 0.0, 0.0
+            while total < size:
+                total, norm, end = total + sizes[end], norm + sizes[end] * norms[end], end + 1
+            assert float(token.double().norm()) == pytest.approx(norm / total, rel=1e-5)
+            if end - start == 1:
+                assert torch.equal(token, before.embeds[start])
+            merged, start = merged + (end - start > 1), end
+    assert merged > 5
+
+
+def test_the_mean_norm_is_kept_inside_the_tower():
+    stream, _ = inputs(sized=True)
+    layer = LayerState(torch.randn(len(stream.embeds), 6), 1, None)
+    targets = [max(1, n // 2) if n else 0 for n in LENGTHS]
+    plain, kept = (
+        make("atome", stage="encoder", layers=(0,), norm_preserving=asked).reduce(stream, targets, layer)
+        for asked in (False, True)
+    )
+    assert (kept.embeds.norm(dim=1) >= plain.embeds.norm(dim=1) * (1 - 1e-5)).all()
+    assert not torch.allclose(kept.embeds, plain.embeds)
+
+
+def test_a_pooled_projection_reads_tokens_of_the_mean_norm():
+    stream, context = make_inputs((9,))
+    torch.manual_seed(0)
+    method = make("pooling", source="hidden", k=3, norm_preserving=True)
+    frames = context.encoder_hidden.embeds[:18].unflatten(0, (-1, 3))
+    mean = frames.mean(1)
+    want = method.project(mean / mean.norm(dim=1, keepdim=True) * frames.norm(dim=2).mean(1, keepdim=True))
+    torch.testing.assert_close(method(stream, context).embeds, want)
