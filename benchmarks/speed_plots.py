@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from audiopress.benchmarks.cells import NONE, TRANSFORMERS
 from audiopress.benchmarks.random_model import ANSWER, WINDOW
 from audiopress.benchmarks.speed_tables import Row, kernel_times, label, ordered
-from audiopress.benchmarks.style import DPI, FAINT, INK, clean, legend_style, save
+from audiopress.benchmarks.style import FAINT, INK, headed_panels, legend_style, save
 
 TOWERS, COMPRESSOR, LLM, OTHER = ("#2a9d8f", "#8fcfc7"), "#d1495b", ("#1f3a5f", "#7f9cc0"), "#c9d1d9"
 EAGER, COMPILED, REACHED, EMPTY = "#e09f3e", "#8e6bbf", "#1f6f9f", "#eef1f4"
@@ -32,7 +30,7 @@ def plot_kept(rows: Sequence[Row], path: Path, caption: str) -> Path:
         caption: what was measured where.
     """
     rows = [row for row in ordered(rows) if row["status"] == "ok"]
-    figure, (time, memory) = _figure(2, (10, 4.4), "A shorter sequence: time and memory", caption, right=0.8)
+    figure, (time, memory) = headed_panels(2, (10, 4.4), "A shorter sequence: time and memory", caption, right=0.8)
     looks = _looks(row["method"] for row in rows)
     for method, points in groupby(rows, key=lambda row: row["method"]):
         points = list(points)
@@ -64,7 +62,7 @@ def plot_parts(rows: Sequence[Row], path: Path, caption: str) -> Path:
     """
     rows = [row for row in ordered(rows) if row["status"] == "ok"]
     height = 1.9 + 0.32 * len(rows)
-    figure, (axes,) = _figure(1, (10, height), f"Where the time of {ANSWER} tokens goes", caption, left=0.22)
+    figure, (axes,) = headed_panels(1, (10, height), f"Where the time of {ANSWER} tokens goes", caption, left=0.22)
     names, compiled = [], any(row["compile"] for row in rows)
     for place, row in enumerate(rows):
         start = 0.0
@@ -118,7 +116,7 @@ def plot_kernels(rows: Sequence[Row], path: Path, caption: str) -> Path:
     """
     times = {key: t for key, t in kernel_times(rows).items() if "triton" in t}
     height = 1.8 + 0.36 * len(times)
-    figure, (bandwidth, speed) = _figure(2, (12, height), "Triton kernels", caption, left=0.37, space=0.12)
+    figure, (bandwidth, speed) = headed_panels(2, (12, height), "Triton kernels", caption, left=0.37, space=0.12)
     reached = {(row["op"], row["shape"], row["pass"]): row["gb_per_s"] for row in rows if row["backend"] == "triton"}
     for place, (key, t) in enumerate(times.items()):
         _draw_bandwidth(bandwidth, place, t, reached[key])
@@ -174,7 +172,7 @@ def plot_long(rows: Sequence[Row], path: Path, caption: str) -> Path:
         caption: what was measured where.
     """
     rows = sorted((row for row in ordered(rows) if row["status"] == "ok"), key=lambda row: row["seconds"])
-    figure, panels = _figure(3, (12, 4.4), "Long sound", caption, right=0.83)
+    figure, panels = headed_panels(3, (12, 4.4), "Long sound", caption, right=0.83)
     looks = _looks(row["method"] for row in ordered(rows))
     values = {
         "time to first token (s)": lambda row: row["first_token"]["median"] / 1e3,
@@ -201,28 +199,6 @@ def plot_long(rows: Sequence[Row], path: Path, caption: str) -> Path:
         figure.text(0.99, 0.13, note, size=7.5, color=FAINT, ha="right")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="center right", **legend_style())
     return save(figure, path)
-
-
-def _figure(
-    panels: int,
-    size: tuple[float, float],
-    title: str,
-    caption: str,
-    left: float = 0.07,
-    right: float = 0.98,
-    space: float = 0.3,
-) -> tuple[Figure, list[Axes]]:
-    """Gives a figure of panels side by side, with a headline and, under it, where the numbers are from."""
-    figure = Figure(figsize=size, dpi=DPI, facecolor="white")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    inches = 1 / size[1]
-    figure.subplots_adjust(left=left, right=right, top=1 - 0.85 * inches, bottom=0.52 * inches, wspace=space)
-    figure.text(0.01, 1 - 0.1 * inches, title, size=11.5, weight="bold", va="top", color=INK)
-    lines = textwrap.fill(caption, int(14 * size[0]))
-    figure.text(0.01, 1 - 0.34 * inches, lines, size=8, va="top", color=FAINT, parse_math=False)
-    for panel in axes:
-        clean(panel)
-    return figure, axes
 
 
 def _looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,28 @@ def clean(axes: Axes, zoom: float = 1) -> None:
 def legend_style(zoom: float = 1) -> dict[str, Any]:
     """Gives the arguments of a legend."""
     return {"frameon": False, "fontsize": 8.5 * zoom, "labelcolor": INK}
+
+
+def headed_panels(
+    panels: int,
+    size: tuple[float, float],
+    title: str,
+    caption: str,
+    left: float = 0.07,
+    right: float = 0.98,
+    space: float = 0.3,
+) -> tuple[Figure, list[Axes]]:
+    """Gives a figure of panels side by side, with a headline and, under it, where the numbers are from."""
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    inches = 1 / size[1]
+    figure.subplots_adjust(left=left, right=right, top=1 - 0.85 * inches, bottom=0.52 * inches, wspace=space)
+    figure.text(0.01, 1 - 0.1 * inches, title, size=11.5, weight="bold", va="top", color=INK)
+    lines = textwrap.fill(caption, int(14 * size[0]))
+    figure.text(0.01, 1 - 0.34 * inches, lines, size=8, va="top", color=FAINT, parse_math=False)
+    for panel in axes:
+        clean(panel)
+    return figure, axes
 
 
 def save(figure: Figure, path: Path | str) -> Path:

@@ -1,0 +1,209 @@
+"""Rows of both testbeds as points: a method at a rate, over all seeds, with its scores."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from audiopress.benchmarks.cells import NONE, TRANSFORMERS, read_rows
+from audiopress.benchmarks.metrics import bootstrap_interval
+
+Row = dict[str, Any]
+
+SPEECH, TIME = "speech", "time"  # testbeds
+# What tells sets of clips apart, or those who read them: on a time testbed the LLM is another one after training. And
+# what else tells cells on them apart.
+CLIPS = {SPEECH: ("languages", "splits", "joined", "limit"), TIME: ("data", "split", "limit", "num_frames", "steps")}
+CELL = ("model", "weights", "method", "keep_ratio", "positions", "steps", "elastic")
+TRAINING = ("recipe", "train_batch", "train_rate")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score over seeds, as a share.
+
+    Args:
+        value: the mean over seeds.
+        interval: of 95 %, over clips, of the mean over seeds; None where there is one clip.
+        spread: the standard deviation over seeds; None where there is one.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a rate on a set of clips.
+
+    Args:
+        testbed: speech or time.
+        label: the method, its options, and how it was trained.
+        rows: one for each seed, all "ok", or a single one that is not.
+        questions: texts by name of the ablation's questions that it belongs to.
+    """
+
+    testbed: str
+    label: str
+    rows: tuple[Row, ...]
+    questions: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was measured."""
+        return self.rows[0]["status"] == "ok"
+
+    @property
+    def first(self) -> Row:
+        """The row of the first seed, for what seeds do not change."""
+        return self.rows[0]
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that the decoder or LLM reads: of audio, or on a time testbed of audio and video."""
+        name = "tokens_per_second" if self.testbed == SPEECH else "media_tokens_per_second"
+        return statistics.mean(row[name] for row in self.rows)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing is compressed."""
+        return self.first["method"] in (NONE, TRANSFORMERS)
+
+    def mean(self, *path: str) -> float | None:
+        """Gives the mean over seeds of a number somewhere in the rows; None where a row has none."""
+        values = [_at(row, path) for row in self.rows]
+        return None if None in values else statistics.mean(values)
+
+    def score(self, metric: str) -> Score | None:
+        """Gives `wer`, or one of the time testbed's scores by their names; None where it was not measured."""
+        if any(metric not in row for row in self.rows):
+            return None
+        values = [row[metric] for row in self.rows]
+        if metric == "wer":
+            sums = [row["errors_by_clip"] for row in self.rows]
+            counts = self.first["words_by_clip"]
+        else:
+            sums = [[total for total, _ in row["by_clip"][metric]] for row in self.rows]
+            counts = [count for _, count in self.first["by_clip"][metric]]
+        means = [statistics.mean(clip) for clip in zip(*sums, strict=True)]
+        interval = bootstrap_interval(means, counts) if len(counts) > 1 else None
+        return Score(statistics.mean(values), interval, statistics.stdev(values) if len(values) > 1 else None)
+
+
+def testbed_of(row: Row) -> str | None:
+    """Gives a row's testbed; None: it is not one of accuracy. Rows of `speech.py` do not name theirs."""
+    testbed = row.get("testbed", SPEECH if "languages" in row else None)
+    return testbed if testbed in CLIPS else None
+
+
+def read_points(results: Path) -> dict[str, list[Point]]:
+    """Reads all rows of a folder.
+
+    Of a cell that was measured more than once the last row counts, by its time.
+
+    Returns:
+        The points of each set of clips, by the set in words: speech first, and those of the most points first.
+    """
+    rows = [row for file in sorted(results.glob("*.jsonl")) for row in read_rows(file) if testbed_of(row)]
+    cells: dict[str, Row] = {}
+    questions: dict[str, dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["utc"]):
+        name = _identity(row, seed=True)
+        cells[name] = row
+        questions[name] = questions.get(name, {}) | row.get("ablation", {})
+    seeds: dict[str, list[str]] = {}
+    for name, row in cells.items():
+        seeds.setdefault(_identity(row, seed=False), []).append(name)
+    models = {testbed: {row["model"] for row in rows if testbed_of(row) == testbed} for testbed in CLIPS}
+    sets: dict[str, list[Point]] = {}
+    for names in seeds.values():
+        same = [cells[name] for name in names]
+        good = [row for row in same if row["status"] == "ok"] or same[-1:]
+        testbed = testbed_of(good[0])
+        assert testbed is not None
+        asked = {key: text for name in names for key, text in questions[name].items()}
+        point = Point(testbed, _label(good[0], len(models[testbed]) > 1), tuple(good), asked)
+        sets.setdefault(_describe(good), []).append(point)
+    ordered = sorted(sets.items(), key=lambda item: (item[1][0].testbed, -len(item[1])))
+    return {words: sorted(points, key=_order(points)) for words, points in ordered}
+
+
+def front(points: Sequence[Point], metric: str) -> list[Point]:
+    """Gives the Pareto front: the points to which no other is better in score at as few tokens, or as good at fewer.
+
+    Args:
+        points: measured ones.
+        metric: `wer`, of which less is better, or a score of which more is.
+    """
+    sign = 1 if metric == "wer" else -1
+    best, found = float("inf"), []
+    for point in sorted(points, key=lambda p: (p.rate, sign * p.rows[0][metric])):
+        value = sign * point.score(metric).value  # type: ignore[union-attr]
+        if value < best:
+            best = value
+            found.append(point)
+    return found
+
+
+def caption(points: Iterable[Point]) -> str:
+    """Says where points are from: machines, versions, commits, clips."""
+    rows = [row for point in points for row in point.rows]
+    machines = dict.fromkeys(row["device"] for row in rows)
+    commits = dict.fromkeys(row["commit"][:7] + " with changes" * row["dirty"] for row in rows if row["commit"])
+    versions = ", ".join(f"{name} {rows[-1][name]}" for name in ("torch", "transformers") if rows[-1].get(name))
+    return f"{' and '.join(machines)}, {versions}, commit {', '.join(commits)}"
+
+
+def asked_options(row: Row) -> Row:
+    """Gives the options that were asked for, beside the keep ratio; rows of `speech.py` hold the resolved ones."""
+    if "cell" in row:
+        return row["cell"]["options"]
+    return row["options"] if testbed_of(row) == TIME else {}
+
+
+def _identity(row: Row, seed: bool) -> str:
+    testbed = testbed_of(row)
+    assert testbed is not None
+    names = [*CLIPS[testbed], *CELL, *(TRAINING if row.get("steps") else ())]
+    own = {name: row.get(name) or None for name in names} | {"options": asked_options(row)}
+    return json.dumps([testbed, own, (row.get("seed") or 0) if seed else None], sort_keys=True)
+
+
+def _label(row: Row, several_models: bool) -> str:
+    details = [f"{name} {value}" for name, value in asked_options(row).items()]
+    details += ["contiguous"] if row.get("positions") == "contiguous" else []
+    if row.get("steps") and testbed_of(row) == SPEECH:
+        details.append(f"{row['steps']} steps" + ", elastic" * bool(row.get("elastic")))
+    details += [row["model"]] if several_models else []
+    names = {TRANSFORMERS: "transformers, as it comes", NONE: "uncompressed"}
+    return ", ".join([names.get(row["method"], row["method"]), *details])
+
+
+def _describe(rows: Sequence[Row]) -> str:
+    """Says in words which clips rows are of."""
+    row = rows[0]
+    limit = f", at most {row['limit']} clips" if row.get("limit") else ""
+    if testbed_of(row) == SPEECH:
+        kind = "joined to dense clips" if row["joined"] else "one by one"
+        return f"prompts in {', '.join(row['languages'])} of {' and '.join(row['splits'])}, {kind}{limit}"
+    shortest, longest = row["data"]["seconds"]
+    clips = f"clips of {shortest} to {longest} s of {row['split']}, {row['num_frames']} frames each{limit}"
+    return clips + (f", the LLM trained for {row['steps']} steps on the tokens of each method" if row["steps"] else "")
+
+
+def _order(points: Sequence[Point]) -> Any:
+    """Puts the uncompressed models first, then methods as they came, the highest rate of each first."""
+    labels = list(dict.fromkeys(point.label for point in points))
+    return lambda p: (not p.is_baseline, labels.index(p.label), -(p.first["keep_ratio"] or 0))
+
+
+def _at(row: Row, path: Sequence[str]) -> Any:
+    value: Any = row
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
