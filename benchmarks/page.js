@@ -46,7 +46,7 @@ function empty(id, words) {
 
 let testbed; // the key of the one that is shown
 let hidden = new Set(); // lines that are not ticked
-let order = { column: 1, up: true };
+let order; // of the table
 
 const current = () => data.testbeds[testbed];
 const metric = () => current().metrics.find((each) => each.key === $("metric").value);
@@ -76,6 +76,7 @@ function partName(name) {
 function showTestbed(key) {
   testbed = key;
   hidden = new Set();
+  order = { column: 1, up: current().error };
   choices($("metric"), current().metrics.map((each) => [each.key, each.name]));
   choices($("setting"), current().settings.map((words) => [words, words]));
   showSetting();
@@ -134,7 +135,8 @@ function showPoints() {
       if (x == null || !found) return [];
       const [y, low, high] = found;
       const looks = { colour: colour(p), lead: current().leaders.includes(p.series), stage: p.stage };
-      const texts = { method: named(p.series), cost: words, score: `${score(found)} ${metric().name}` };
+      const texts = { method: named(p.series), cost: words, score: score(found) };
+      texts.about = Object.values(texts).join(", ");
       const marks = { trained: p.trained, query_aware: p.query_aware };
       return [{ id: p.id, x, y, low, high, series: named(p.series), rate: p.rate, ...looks, ...marks, ...texts }];
     });
@@ -169,7 +171,7 @@ function columns() {
     text("Stage", (p) => p.stage),
     text("Trained", (p) => (p.trained ? "yes" : "")),
     text("Sees question", (p) => (p.query_aware ? "yes" : "")),
-    text("Seed", (p) => String(p.row.seed ?? "")),
+    ...(inSetting().some((p) => p.row.seed) ? [text("Seed", (p) => String(p.row.seed ?? ""))] : []),
   ];
 }
 
@@ -189,7 +191,7 @@ function showRows(points) {
     cell.append(button);
     head.append(cell);
   });
-  const { of } = all[order.column];
+  const { of } = all[order.column] ?? all[1];
   const missing = (value) => value == null || value === "";
   const compare = (a, b) => {
     if (missing(of(a)) || missing(of(b))) return missing(of(a)) - missing(of(b));
@@ -292,8 +294,9 @@ function showHeard() {
     })),
   );
   const { url, start, end } = clip.picture;
-  const sound = [{ picture: url, start, end, top: 0, bottom: SOUND_HEIGHT }];
-  const spec = { ...data.charts.clips, height: top(heard.length - 1) + BOX_HEIGHT };
+  const height = top(heard.length - 1) + BOX_HEIGHT;
+  const sound = [{ picture: url, start, end, top: 0, bottom: SOUND_HEIGHT, foot: height }];
+  const spec = { ...data.charts.clips, height };
   draw("chart-tokens", spec, { sound, strips, tokens }, "Spectrogram, and each method's tokens").then(({ view }) => {
     player = view;
     follow();

@@ -69,11 +69,11 @@ def accuracy_chart(error: bool, x: alt.Scale, ticks: Sequence[float] | None, hig
     steps = front.mark_line(interpolate="step-after", stroke=INK, strokeWidth=1.25, strokeDash=[2, 3])
     steps = steps.encode(at_x, at_y, order="x:Q")
     named = front.transform_window(before="lag(series)", sort=_by("x")).transform_filter("datum.series != datum.before")
-    names = [  # the uncompressed one stands at the right edge
-        named.transform_filter(f"datum.stage {sign} 'none'")
+    names = [  # of those with a colour; the uncompressed one stands at the right edge
+        named.transform_filter(where)
         .mark_text(fill=INK, fontSize=12, fontWeight=600, align=align, dx=dx, dy=12 if error else -12)
         .encode(at_x, at_y, text="series:N", opacity=faint(1))
-        for sign, align, dx in (("!=", "left", 5), ("==", "right", 5))
+        for where, align, dx in (("datum.lead", "left", 5), ("datum.stage == 'none'", "right", 5))
     ]
     shape = alt.Shape("stage:N", scale=alt.Scale(domain=list(STAGES), range=list(STAGES.values())), legend=None)
     filled = alt.when("datum.trained").then(alt.value(0.0)).otherwise(alt.value(1.0))
@@ -145,15 +145,15 @@ def tokens_chart() -> dict[str, Any]:
     cursor = (
         alt.Chart(alt.NamedData(SOUND))
         .transform_calculate(now="second")
-        .mark_rule(stroke="var(--accent)", strokeWidth=2)
-        .encode(alt.X("now:Q"), y, y2)
+        .mark_rule(stroke="var(--cursor)", strokeWidth=2)
+        .encode(alt.X("now:Q"), y, alt.Y2("foot:Q"))
     )
     return _spec(alt.layer(sound, strips, names, tokens, cursor).add_params(second))
 
 
 def _bold(lead: float, other: float) -> Any:
     """Gives one value for the lines with a colour of their own, and another for the rest."""
-    return alt.when("datum.lead").then(alt.value(lead)).otherwise(alt.value(other))
+    return alt.when("datum.lead || datum.stage == 'none'").then(alt.value(lead)).otherwise(alt.value(other))
 
 
 def _by(*fields: str) -> list[alt.SortField]:

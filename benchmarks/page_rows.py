@@ -93,6 +93,7 @@ TESTBEDS = {
         ("model", "weights", "data", "split", "limit", "num_frames", "steps"),
     ),
 }
+ABLATION = "benchmarks/configs/ablation.yaml"  # its rows do not name their file
 TIMES = {  # by key: what was timed, the benchmark's file, and the field of its rows
     "first_token": ("ms to the first token", "throughput", "first_token"),
     "answer": ("ms of an answer of 14 tokens", "throughput", "answer"),
@@ -214,14 +215,7 @@ def command(row: Row) -> str:
     if row.get("command"):
         return row["command"]
     if row.get("questions"):
-        words = [
-            "python",
-            "benchmarks/ablation.py",
-            "benchmarks/configs/ablation.yaml",
-            "--questions",
-            row["questions"][0],
-        ]
-        return shlex.join(words)
+        return shlex.join(["python", "benchmarks/ablation.py", ABLATION, "--questions", next(iter(row["questions"]))])
     return shlex.join(["python", *(_speech(row) if kind_of(row) == SPEECH else _events(row))])
 
 
@@ -342,6 +336,7 @@ def _testbed(key: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": testbed.name,
         "part": testbed.part,
+        "error": testbed.error,
         "metrics": [dataclasses.asdict(metric) for metric in found],
         "settings": sorted(dict.fromkeys(settings), key=settings.count, reverse=True),
         "leaders": leaders(points, testbed),

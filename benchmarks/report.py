@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from audiopress.benchmarks.page import write_page
 from audiopress.benchmarks.accuracy_report import accuracy_report
+from audiopress.benchmarks.page import write_page
 from audiopress.benchmarks.plots import plot_tokens, plot_training
 from audiopress.benchmarks.scoring import Evaluation, to_device
 from audiopress.benchmarks.speed_report import speed_report
@@ -32,8 +32,9 @@ from audiopress.models import CompressedOmni
 from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, Kind
 from audiopress.models.packages import FetchError
 
-PAGE = Path("runs/page.html")
-SPEED, ACCURACY = "speed", "accuracy"  # what is reported in place of a run, and the README's marks of both
+SPEED, ACCURACY = "speed", "accuracy"  # what is reported in place of a run, and the marks of both
+PAGES = {SPEED: "README.md", ACCURACY: "benchmarks/RESULTS.md"}  # which have these marks
+HTML = Path("runs/page.html")
 
 
 def row(result: Evaluation) -> dict[str, Any]:
@@ -138,13 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help=f"the output directory of train_compress.py, {SPEED!r} or {ACCURACY!r}")
     parser.add_argument("--readme", action="store_true", help="publish it in the repository")
-    parser.add_argument("--html", nargs="?", const=PAGE, type=Path, metavar="FILE", help=f"the page; default: {PAGE}")
+    parser.add_argument("--html", nargs="?", const=HTML, type=Path, metavar="FILE", help=f"the page; default: {HTML}")
     parser.add_argument("--results", type=Path, help="the folder of the rows; default: benchmarks/results")
     parser.add_argument("--device", help="of speed: a part of its name; default: that of the newest row")
     parser.add_argument("--commit", help="of speed: its beginning, or 'any'; default: that of the newest row")
     args = parser.parse_args()
     if (args.run is None) == (args.html is None):
-        parser.error(f"name a run, {SPEED!r}, or --html")
+        parser.error(f"name a run, {SPEED!r}, {ACCURACY!r}, or --html")
     root = Path(__file__).parents[1]
     try:
         if args.html is not None:
@@ -159,7 +160,8 @@ def main() -> None:
                 text = accuracy_report(results, pictures)
             print(text)
             if args.readme:
-                replace_between(root / "README.md", args.run, text.replace(f"]({root.as_posix()}/", "]("))
+                page = root / PAGES[args.run]
+                replace_between(page, args.run, text.replace(f"]({page.parent.as_posix()}/", "]("))
             return
         run = Path(args.run)
         print(table(json.loads((run / "results.json").read_text())))
