@@ -41,10 +41,8 @@ def render(clip: Clip, path: Path, size: int = 224, fps: int = 4) -> None:
         fps: frames per second.
     """
     rng = np.random.default_rng(clip.seed)
-    sound, frames = _soundtrack(clip, rng), _pictures(clip, rng, size)
-    shown = np.full(clip.duration * fps, len(frames) - 1)  # the last one is the empty background
-    for i, event in enumerate(clip.events):
-        shown[math.ceil(event.start * fps) : math.ceil(event.end * fps)] = i
+    sound, frames = soundtrack(clip, rng), pictures(clip, rng, size)
+    shown = schedule(clip, fps)
     partial_file = path.with_suffix(f".{os.getpid()}.partial")
     try:
         _write(partial_file, sound, [frames[i] for i in shown], fps)
@@ -53,7 +51,15 @@ def render(clip: Clip, path: Path, size: int = 224, fps: int = 4) -> None:
         partial_file.unlink(missing_ok=True)
 
 
-def _soundtrack(clip: Clip, rng: np.random.Generator) -> np.ndarray:
+def schedule(clip: Clip, fps: int) -> np.ndarray:
+    """Gives which of `pictures` each frame shows, `[frames]`."""
+    shown = np.full(clip.duration * fps, len(clip.events))  # the empty background
+    for i, event in enumerate(clip.events):
+        shown[math.ceil(event.start * fps) : math.ceil(event.end * fps)] = i
+    return shown
+
+
+def soundtrack(clip: Clip, rng: np.random.Generator) -> np.ndarray:
     """Gives the background noise with the events' sounds in it, `[samples]` float32."""
     track = _noise(clip.duration * SAMPLING_RATE, rng)
     for event in clip.events:
@@ -89,7 +95,7 @@ def _linear(decibels: float) -> float:
     return 10 ** (decibels / 20)
 
 
-def _pictures(clip: Clip, rng: np.random.Generator, size: int) -> list[np.ndarray]:
+def pictures(clip: Clip, rng: np.random.Generator, size: int) -> list[np.ndarray]:
     """Gives a frame `[size, size, 3]` uint8 for every event, and the empty background as the last one."""
     top, bottom = (rng.uniform(*_GREY) + rng.uniform(-_TINT, _TINT, 3) for _ in range(2))
     rows = np.linspace(top, bottom, size).round().astype(np.uint8)

@@ -1,0 +1,337 @@
+"""Aligns omni-small: its towers with its LLM, so that it transcribes speech and tells when something happens.
+
+python benchmarks/align.py --minutes 10 --of 25     # on a GPU: the first 10 of 25 minutes
+python benchmarks/align.py --minutes 15 --of 25     # goes on from runs/align/omni-small.safetensors
+python benchmarks/align.py --minutes 0              # measures what is there
+
+Trained are a low-rank sum on every matrix of the LLM and of Whisper's encoder, the projection between them and the
+vision tower (`models/delta.py`), first the towers alone, then all. Speech is the train split of the recorded English
+prompts and synthetic voices reading WordNet; clips are the time testbed's. Both are made while the GPU trains, by
+other processes. Weights are written every minute, so that it may be stopped at any moment; progress is printed and
+added to `log.jsonl`, scores on the test splits to `scores.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from audiopress.benchmarks.align_batch import Batch
+from audiopress.benchmarks.align_clips import DURATIONS, ClipBank, ClipMaker, MadeClip, names
+from audiopress.benchmarks.align_model import Aligner, Changes, Steps, name_vectors
+from audiopress.benchmarks.align_scores import aligned, speech_scores, time_scores
+from audiopress.benchmarks.align_speech import SpeechBank, Texts, speak_all
+from audiopress.benchmarks.cells import Parser, check_device
+from audiopress.benchmarks.environment import environment, finish
+from audiopress.data import synthesis
+from audiopress.data.collator import Encoder
+from audiopress.data.speech import speech_records
+from audiopress.data.stamps import Stamp, packaged_stamps
+from audiopress.models import delta
+from audiopress.models.fast import compile_layers
+from audiopress.models.layout import TokenIds
+from audiopress.models.loading import load_base
+from audiopress.models.packages import FetchError
+from audiopress.models.packed import use_packed_attention
+
+FILE = "omni-small.safetensors"
+BASE = "omni-small"
+
+# All guesses.
+TOWERS_ONLY = 0.1  # of the whole training
+WARM_UP = 15.0  # seconds until the rates are at their peak, after every start
+SHORT_CLIPS = (0.6, 80.0)  # so long into the training no clip is longer than so many seconds
+START = (2000, 100)  # training begins when there are so many utterances and clips, or all that there will be
+CLIP_SHARE = 0.5  # of the steps, once there are clips
+CLIP_TASKS = 0.5  # of the processes' tasks
+TASK_TEXTS, TASK_CLIPS = 64, 4  # of one task: about two seconds
+LOG_SECONDS, SAVE_SECONDS = 10.0, 60.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how much and where.
+
+    Args:
+        minutes: of training now; 0 to measure alone.
+        of: minutes of the whole training, over all starts.
+        tokens: of a batch.
+        hours: of speech, at most.
+        clips: to train on, at most.
+        workers: processes that make speech and clips.
+        steps: to stop after, even before the minutes are over.
+    """
+
+    minutes: float
+    of: float
+    tokens: int
+    hours: float
+    clips: int
+    workers: int
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minutes <= self.of or self.of <= 0:
+            raise ValueError(f"minutes must be from 0 to those of the whole, got {self.minutes:g} of {self.of:g}")
+        for name in ("tokens", "hours", "workers"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class Makers:
+    """Processes that make speech and clips for as long as there is room for them.
+
+    Args:
+        speech: to be filled.
+        clips: to be filled, with at most `plan.clips`.
+        texts: to be spoken.
+        maker: of clips.
+        plan: of the training.
+        seed: of this start: another one makes other speech and clips.
+    """
+
+    def __init__(
+        self, speech: SpeechBank, clips: ClipBank, texts: Texts, maker: ClipMaker, plan: Plan, seed: int
+    ) -> None:
+        self.speech, self.clips, self.texts, self.maker, self.plan = speech, clips, texts, maker, plan
+        self.rng = random.Random(seed)
+        self.made = 0
+        self.pool = ProcessPoolExecutor(plan.workers, get_context("spawn"), _start, (maker,))
+        self.tasks: set[Future[Any]] = set()
+        self._ask()
+
+    def _ask(self) -> None:
+        """Keeps two tasks per process waiting."""
+        while len(self.tasks) < 2 * self.plan.workers:
+            room = self.speech.has_room((len(self.tasks) + 1) * TASK_TEXTS)
+            wanted = self.made < self.plan.clips
+            if wanted and (not room or self.rng.random() < CLIP_TASKS):
+                seconds = self.rng.choice(DURATIONS)
+                self.tasks.add(self.pool.submit(_make, range(self.made, self.made + TASK_CLIPS), seconds))
+                self.made += TASK_CLIPS
+            elif room:
+                texts = [self.texts.draw(self.rng) for _ in range(TASK_TEXTS)]
+                self.tasks.add(self.pool.submit(speak_all, texts, self.rng.getrandbits(32)))
+            else:
+                return
+
+    def collect(self, timeout: float = 0.0) -> None:
+        """Takes what is finished; an error of a process is raised here."""
+        done, self.tasks = wait(self.tasks, timeout, FIRST_COMPLETED)
+        for task in done:
+            found = task.result()
+            if isinstance(found, list):
+                for clip in found:
+                    self.clips.add(clip)
+            else:
+                self.speech.add(*found)
+        self._ask()
+
+    def wait(self) -> None:
+        """Waits until there is enough to begin with."""
+        utterances, clips = START
+        while self.tasks and (len(self.speech.synthetic) < utterances or self.clips.count < clips):
+            self.collect(timeout=1.0)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+_maker: list[ClipMaker] = []  # of a process
+
+
+def _start(maker: ClipMaker) -> None:
+    torch.set_num_threads(1)
+    _maker[:] = [maker]
+
+
+def _make(indices: range, seconds: int) -> list[MadeClip]:
+    return [_maker[0](index, seconds) for index in indices]
+
+
+class Training:
+    """One start of the training.
+
+    Args:
+        folder: of weights and log.
+        plan: of it.
+        device: to train on.
+        compiled: compile what is slow without.
+        stamps: of the clips.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, device: torch.device, compiled: bool, stamps: list[Stamp]) -> None:
+        self.folder, self.plan, self.device = folder, plan, device
+        thinker, processor = load_base(BASE, torch.float32)
+        use_packed_attention(thinker)
+        changes = Changes(thinker.to(device))
+        tensors, self.about = delta.read(folder / FILE) if (folder / FILE).is_file() else ({}, {})
+        self.before = float(self.about.get("seconds", 0))
+        self.starts, self.count = int(self.about.get("starts", 0)), int(self.about.get("steps", 0))
+        if tensors:
+            changes.load(tensors)
+        if device.type == "cuda":
+            delta.cast_weights(thinker, torch.bfloat16)
+        if compiled:
+            compile_layers(thinker)
+        tokenizer = processor.tokenizer
+        vectors = name_vectors(names(stamps), tokenizer, thinker.get_input_embeddings().weight)
+        self.changes = changes
+        self.step = Steps(Aligner(thinker, processor.feature_extractor, vectors).train(), changes)
+        encoder = Encoder(processor)
+        self.rng = random.Random(self.starts)
+        self.speech = SpeechBank(encoder, plan.hours, device)
+        prompts = speech_records("train")
+        self.speech.add_recorded(prompts, self.rng)
+        self.clips = ClipBank(TokenIds.from_config(thinker.config), tokenizer.pad_token_id, device)
+        maker = ClipMaker(encoder, stamps, seed=1 + self.starts)
+        self.makers = Makers(self.speech, self.clips, Texts.load(prompts), maker, plan, self.starts)
+
+    def run(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        """Trains for the minutes of the plan."""
+        self.makers.wait()
+        began = logged = saved = time.perf_counter()
+        sums: dict[str, list[torch.Tensor]] = {}
+        done = {"steps": 0, "utterances": 0, "clips": 0, "tokens": 0}
+        try:
+            while True:
+                now = time.perf_counter() - began
+                over = now >= 60 * self.plan.minutes or done["steps"] == self.plan.steps
+                if over or time.perf_counter() - logged > LOG_SECONDS:
+                    finish(self.device)
+                    tell(self._row(now, time.perf_counter() - logged, sums, done))
+                    sums, logged = {}, time.perf_counter()
+                    done |= {"utterances": 0, "clips": 0, "tokens": 0}
+                if over or time.perf_counter() - saved > SAVE_SECONDS:
+                    self.save(now)
+                    saved = time.perf_counter()
+                if over:
+                    return
+                self.makers.collect()
+                progress = (self.before + now) / (60 * self.plan.of)
+                batch = self._batch(progress)
+                scale = min(1.0, now / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+                for name, loss in self.step(batch, scale, progress < TOWERS_ONLY).items():
+                    sums.setdefault(f"{name}_{'speech' if batch.frames is None else 'clips'}", []).append(loss)
+                self.count += 1
+                done["steps"] += 1
+                done["utterances" if batch.frames is None else "clips"] += len(batch.ids)
+                done["tokens"] += batch.ids.numel()
+        finally:
+            self.makers.close()
+
+    def _batch(self, progress: float) -> Batch:
+        until, longest = SHORT_CLIPS
+        if self.clips.count and self.rng.random() < CLIP_SHARE:
+            return self.clips.batch(self.rng, self.plan.tokens, longest if progress < until else math.inf)
+        return self.speech.batch(self.rng, self.plan.tokens)
+
+    def _row(
+        self, now: float, since: float, sums: dict[str, list[torch.Tensor]], done: dict[str, int]
+    ) -> dict[str, Any]:
+        """Gives what is logged: the mean losses since the last entry, and how fast it went."""
+        losses = {name: float(torch.stack(values).mean()) for name, values in sorted(sums.items())}
+        return {
+            "steps": self.count,
+            "seconds": round(self.before + now, 1),
+            "steps_per_second": sum(map(len, sums.values())) / since,
+            **{f"{name}_per_second": done[name] / since for name in ("utterances", "clips", "tokens")},
+            "hours": self.speech.hours,
+            "synthetic": len(self.speech.synthetic),
+            "clips": self.clips.count,
+            **losses,
+        }
+
+    def save(self, now: float) -> None:
+        """Writes the weights, and how far the training is."""
+        about = {"seconds": self.before + now, "starts": self.starts + 1, "steps": self.count}
+        delta.write(self.folder / FILE, self.changes.tensors(), {key: str(value) for key, value in about.items()})
+
+
+def measure(
+    folder: Path, device: torch.device, stamps: list[Stamp], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Gives the scores of the weights in a folder, each as soon as it is known."""
+    model, processor = aligned(BASE, folder / FILE, device)
+    about = delta.read(folder / FILE)[1]
+    row = environment(device, args.commit) | {"weights": about}
+    for split in ("validation", "test"):
+        yield row | {"speech": speech_scores(model, processor, split, args.test_prompts)}
+    if args.test_clips:
+        workers = args.workers if device.type == "cuda" else 0
+        found = time_scores(model, processor, stamps, folder / "clips", args.test_clips, workers)
+        yield row | {"time": found}
+
+
+def parser() -> Parser:
+    """Gives the options."""
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--minutes", type=float, default=10.0, help="of training now; 0 measures what is there")
+    made.add_argument("--of", type=float, default=None, help="minutes of all starts together; default: --minutes")
+    made.add_argument("--tokens", type=int, default=40_000, help="of a batch")
+    made.add_argument("--hours", type=float, default=60.0, help="of speech, at most; an hour takes 115 MB of the GPU")
+    made.add_argument("--clips", type=int, default=6000, help="to train on, at most; one takes about 5 MB of the GPU")
+    made.add_argument("--workers", type=int, default=12, help="processes that make speech and clips")
+    made.add_argument("--steps", type=int, default=None, help="stop after so many, even before the minutes are over")
+    made.add_argument("--compile", action="store_true", help="compile what is slow without: half a minute, once")
+    made.add_argument("--test-prompts", type=int, default=None, help="at most so many of each split are transcribed")
+    made.add_argument("--test-clips", type=int, default=40, help="of the time testbed to ask about; 0 for none")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--commit", help="of the code, where it is not in a checkout")
+    made.add_argument("--output", type=Path, default=Path("runs/align"))
+    return made
+
+
+def main() -> str | None:
+    """Trains and measures; gives the message of an error."""
+    args = parser().parse_args()
+    try:
+        device = check_device(args.device)
+        plan = Plan(
+            args.minutes, args.of or args.minutes or 1, args.tokens, args.hours, args.clips, args.workers, args.steps
+        )
+        stamps = packaged_stamps()
+        synthesis.ensure_voices()
+    except (FetchError, ValueError) as error:
+        return f"error: {error}"
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    def tell(row: dict[str, Any], file: str = "log.jsonl") -> None:
+        with (args.output / file).open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+        print(json.dumps(shown) if file == "log.jsonl" else _summary(row), flush=True)
+
+    if plan.minutes:
+        Training(args.output, plan, device, args.compile, stamps).run(tell)
+    for row in measure(args.output, device, stamps, args):
+        tell(row, "scores.jsonl")
+    return None
+
+
+def _summary(row: dict[str, Any]) -> str:
+    """Tells the scores of a row in short."""
+    if "speech" in row:
+        found = row["speech"]
+        words = f"{found['prompts']} prompts, {found['words']} words"
+        return f"{found['split']}: WER {found['wer']:.1%}, spelled alike {found['wer_spelled']:.1%} ({words})"
+    found = row["time"]
+    needs = ", ".join(f"{name} {own['miou']:.1%}" for name, own in found["by_needs"].items() if "miou" in own)
+    return f"time: mIoU {found['miou']:.1%} ({needs}), captions {found['caption_accuracy']:.1%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The clips that `align.py` trains on: the time testbed's, made in memory instead of written as mp4 and read again."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from audiopress.benchmarks.align_batch import Batch, Mark, audio_tokens, labels_of, pad_rows
+from audiopress.data.collator import Encoder
+from audiopress.data.longvale import format_time
+from audiopress.data.records import Message, Record, assistant, user
+from audiopress.data.rendering import pictures, schedule, soundtrack
+from audiopress.data.stamps import Stamp
+from audiopress.data.timeline import Clip, dialogue, plan
+from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, Kind, Layout, TokenIds
+
+FPS, SIZE = 4, 224  # of the time testbed's clips
+AAC_FRAME = 1024  # samples: the sound of an mp4 is as long as a whole number of these
+# Seconds of a clip: one duration for all clips of a batch. The testbed's clips last 30 to 300; guesses.
+DURATIONS = (26, 30, 35, 40, 46, 53, 61, 70, 80, 92, 106, 122, 140, 161, 185, 213, 245, 281)
+DIALOGUES = 4  # of each clip: it is asked about in other words when it comes again; a guess
+
+
+@dataclass(frozen=True)
+class MadeClip:
+    """A clip and what is asked about it.
+
+    Args:
+        seconds: its duration.
+        wave: `[samples]` int16.
+        pictures: `[K, 3, H, W]` uint8.
+        shown: which of them each sampled frame is, `[T]`.
+        times: of each sampled frame, in seconds, `[T]`.
+        ids: of each dialogue's tokens.
+        labels: of each dialogue.
+        marks: as of row 0.
+    """
+
+    seconds: int
+    wave: np.ndarray
+    pictures: np.ndarray
+    shown: np.ndarray
+    times: np.ndarray
+    ids: list[list[int]]
+    labels: list[list[int]]
+    marks: list[Mark]
+
+
+class ClipMaker:
+    """Makes clips; for processes beside the training.
+
+    Args:
+        encoder: of the model.
+        stamps: to compose clips of.
+        seed: of the clips.
+    """
+
+    def __init__(self, encoder: Encoder, stamps: Sequence[Stamp], seed: int) -> None:
+        self.encoder, self.stamps, self.seed = encoder, stamps, seed
+        self.names = names(stamps)
+
+    def __call__(self, index: int, seconds: int) -> MadeClip:
+        """Makes the clip of a number, of the train split."""
+        return self.make(plan("train", index, self.stamps, (seconds, seconds), self.seed))
+
+    def make(self, clip: Clip) -> MadeClip:
+        """Makes what decoding the clip's mp4 would give but for what its codecs lose, and dialogues about it."""
+        rng = np.random.default_rng(clip.seed)
+        sound = soundtrack(clip, rng)
+        sound = np.pad(sound, (0, -len(sound) % AAC_FRAME))
+        chosen = np.linspace(0, clip.duration * FPS - 1, self.encoder.num_frames).round().astype(int)
+        times = chosen / FPS
+        sample = {
+            "video_grid_thw": torch.tensor([[len(chosen) // 2, SIZE // 14, SIZE // 14]]),
+            "video_second_per_grid": torch.tensor([2 * clip.duration / len(chosen)]),
+        }
+        media = self.encoder._media_ids(audio_tokens(len(sound)), sample)
+        asked = [_record(replace(clip, seed=clip.seed + i)) for i in range(DIALOGUES)]
+        made = [self.encoder._tokenize(record, record.messages, media, False) for record in asked]
+        return MadeClip(
+            clip.duration,
+            (sound * (2**15 - 1)).round().astype(np.int16),
+            np.ascontiguousarray(np.stack(pictures(clip, rng, SIZE)).transpose(0, 3, 1, 2)),
+            schedule(clip, FPS)[chosen],
+            times,
+            [ids for ids, _ in made],
+            [labels for _, labels in made],
+            list(_marks(clip, times, self.names)),
+        )
+
+
+def names(stamps: Sequence[Stamp]) -> list[str]:
+    """Gives the names of the things that clips of the train split may hold."""
+    return sorted(stamp.name for stamp in stamps if not stamp.unseen)
+
+
+def _record(clip: Clip) -> Record:
+    """Gives the dialogue about a clip as `load_dialogues` reads it."""
+    entry = dialogue(clip)
+    times = {token: format_time(seconds, clip.duration) for token, seconds in entry["meta"]["token"].items()}
+    messages: list[Message] = []
+    for i, turn in enumerate(entry["conversations"]):
+        text = re.sub(r"<[se]\d+>", lambda match: times[match[0]], turn["value"].removeprefix("<video>\n"))
+        messages.append((user, assistant)[i % 2](text))
+    file = Path(f"{clip.id}.mp4")
+    return Record(clip.id, tuple(messages), audio=file, video=file, duration=clip.duration)
+
+
+def _marks(clip: Clip, times: np.ndarray, known: Sequence[str]) -> Iterator[Mark]:
+    for event in clip.events:
+        for thing, heard in ((event.heard, True), (event.seen, False)):
+            if thing is None:
+                continue
+            name = re.sub(r"^.*?( of an? | saying )", "", thing.phrase)
+            if heard:
+                start, end = (round(t * AUDIO_TOKENS_PER_SECOND) for t in (event.start, event.end))
+            else:  # pairs of frames of which both show it
+                inside = (times >= event.start) & (times < event.end)
+                pairs = np.flatnonzero(inside[::2] & inside[1::2])
+                start, end = (int(pairs[0]), int(pairs[-1]) + 1) if len(pairs) else (0, 0)
+            if end > start:
+                yield Mark(0, heard, start, end, known.index(name))
+
+
+class ClipBank:
+    """Clips to train on, more and more of them, by duration.
+
+    Args:
+        token_ids: of the model.
+        pad: id after a shorter dialogue.
+        device: where sounds and pictures lie.
+    """
+
+    def __init__(self, token_ids: TokenIds, pad: int, device: torch.device) -> None:
+        self.token_ids, self.pad, self.device = token_ids, pad, device
+        self.clips: dict[int, list[tuple[MadeClip, torch.Tensor, torch.Tensor]]] = {}
+        self.count = 0
+
+    def add(self, clip: MadeClip) -> None:
+        """Takes a clip."""
+        wave, shown = (torch.from_numpy(x).to(self.device) for x in (clip.wave, clip.pictures))
+        self.clips.setdefault(clip.seconds, []).append((clip, wave, shown))
+        self.count += 1
+
+    def batch(self, rng: random.Random, tokens: int, longest: float = float("inf")) -> Batch:
+        """Gives a batch of about so many tokens, or one row.
+
+        Args:
+            rng: draws.
+            tokens: of all rows together.
+            longest: seconds of a clip, if there are any as short.
+        """
+        durations = sorted(self.clips)
+        seconds = rng.choice([d for d in durations if d <= longest] or durations[:1])
+        there = self.clips[seconds]
+        rows = min(len(there), max(1, tokens // max(map(len, there[0][0].ids))))
+        chosen = rng.sample(there, rows)
+        asked = [rng.randrange(len(clip.ids)) for clip, *_ in chosen]
+        ids = [clip.ids[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
+        labels = [clip.labels[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
+        layout = self._layout(chosen[0][0], max(ids, key=len))
+        audio, video = (
+            (layout.kind[0] == kind.value).nonzero()[:, 0].to(self.device) for kind in (Kind.AUDIO, Kind.VIDEO)
+        )
+        return Batch(
+            pad_rows(ids, self.pad).to(self.device),
+            labels_of(labels),
+            layout.positions[:, 0].to(self.device),
+            audio,
+            torch.stack([wave for _, wave, _ in chosen]).float() / 2**15,
+            video=video,
+            frames=torch.stack([shown[torch.from_numpy(clip.shown).to(self.device)] for clip, _, shown in chosen]),
+            marks=[replace(mark, row=row) for row, (clip, *_) in enumerate(chosen) for mark in clip.marks],
+            percent=(100 * layout.second[0] / seconds).to(self.device),
+        )
+
+    def _layout(self, clip: MadeClip, ids: Sequence[int]) -> Layout:
+        """Reads the layout off the longest dialogue; that of the others is its beginning."""
+        row = torch.tensor([ids])
+        return Layout.build(
+            row,
+            torch.ones_like(row),
+            self.token_ids,
+            audio_lengths=[audio_tokens(len(clip.wave))],
+            video_grid_thw=torch.tensor([[len(clip.shown) // 2, SIZE // 14, SIZE // 14]]),
+            video_seconds=torch.from_numpy(clip.times[::2]).float(),
+        )

@@ -1,0 +1,294 @@
+"""The model that `align.py` trains: its changes in float32, the losses, and a step of the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import WhisperFeatureExtractor
+
+from audiopress.benchmarks.align_batch import Batch, Mark, log_mel, patches
+from audiopress.compression import TokenStream
+from audiopress.models import delta, parts
+from audiopress.models.alignment import CTCAlignment
+from audiopress.models.encoders import encode_audio, encode_video
+from audiopress.models.rewrite import IGNORE
+
+# All guesses, but for the weight of CTC, which a first run of other code found useful.
+RANK = 48  # of the sums; what 25 MB have room for
+RATES = {"llm": 1e-3, "audio": 5e-4, "vision": 5e-4, "heads": 2e-3}  # of Adam, at their peak
+VECTOR_RATE = 0.2  # of its part's: norms and biases stand in every row's way
+CTC_WEIGHT = 0.5
+NAME_WEIGHT, NAME_TEMPERATURE = 0.5, 15.0
+CLOCK_WEIGHT, CLOCK_LAYER, CLOCK_WIDTH = 0.3, 1 / 3, 1.0  # the layer as a share of the depth; percent
+CLOCK_PLACES = 2048  # of a batch, at which the clock is read
+MEL_MASKS = ((2, 12), (2, 25))  # (how many, the widest) of bins and of frames (10 ms), as in SpecAugment (1904.08779)
+
+
+@dataclass
+class LowRank:
+    """Matrices of one part and shape, all of whose sums are computed at once.
+
+    Args:
+        names: of each.
+        parameters: what the model computes with.
+        base: as they were, `[n, out, in]`.
+        up: `[n, out, r]`, zero at first.
+        down: `[n, r, in]`.
+    """
+
+    names: list[str]
+    parameters: list[nn.Parameter]
+    base: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Changes:
+    """All that is trained, in float32 beside a model in any precision.
+
+    The model's own parameters are written before a step (`write`) and their gradients collected after it (`collect`),
+    so that the model is run as it is, at full speed.
+
+    Args:
+        thinker: the base model; its trainable parameters get gradients from now on.
+        rank: of the sums.
+    """
+
+    def __init__(self, thinker: nn.Module, rank: int = RANK) -> None:
+        thinker.requires_grad_(False)
+        self.whole: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        groups: dict[tuple[str, torch.Size], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter, low_rank in delta.trainable(thinker):
+            parameter.requires_grad_(True)
+            if low_rank:
+                groups.setdefault((name.partition(".")[0], parameter.shape), []).append((name, parameter))
+            else:
+                self.whole[name] = parameter, parameter.detach().float().clone().requires_grad_(True)
+        self.low_rank = [self._group(members, rank) for members in groups.values()]
+        self.sums: list[Tensor] = []
+
+    def _group(self, members: list[tuple[str, nn.Parameter]], rank: int) -> LowRank:
+        base = torch.stack([parameter.detach().float() for _, parameter in members])
+        n, rows, columns = base.shape
+        rank = min(rank, rows, columns)
+        up = base.new_zeros(n, rows, rank).requires_grad_(True)
+        bound = 1 / math.sqrt(columns)  # as LoRA's first matrix in peft
+        down = base.new_empty(n, rank, columns).uniform_(-bound, bound).requires_grad_(True)
+        return LowRank([name for name, _ in members], [parameter for _, parameter in members], base, up, down)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Gives the optimizer's groups, each with its peak rate."""
+        by_rate: dict[float, list[Tensor]] = {}
+        for group in self.low_rank:
+            by_rate.setdefault(RATES[group.names[0].partition(".")[0]], []).extend((group.up, group.down))
+        for name, (_, own) in self.whole.items():
+            rate = RATES[name.partition(".")[0]] * (VECTOR_RATE if own.ndim == 1 and "vision" not in name else 1)
+            by_rate.setdefault(rate, []).append(own)
+        return [{"params": tensors, "peak": rate} for rate, tensors in by_rate.items()]
+
+    def write(self) -> None:
+        """Puts the present values into the model."""
+        self.sums = [torch.baddbmm(group.base, group.up, group.down) for group in self.low_rank]
+        with torch.no_grad():
+            for group, sums in zip(self.low_rank, self.sums, strict=True):
+                torch._foreach_copy_([p.data for p in group.parameters], list(sums))
+            pairs = list(self.whole.values())
+            torch._foreach_copy_([p.data for p, _ in pairs], [own for _, own in pairs])
+
+    def collect(self) -> None:
+        """Takes the gradients out of the model; parts that were not run have none."""
+        roots, gradients = [], []
+        for group, sums in zip(self.low_rank, self.sums, strict=True):
+            if group.parameters[0].grad is not None:
+                roots.append(sums)
+                gradients.append(torch.stack([p.grad for p in group.parameters]).float())
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        for parameter, own in self.whole.values():
+            own.grad = None if parameter.grad is None else parameter.grad.float()
+        for parameter in (*(p for g in self.low_rank for p in g.parameters), *(p for p, _ in self.whole.values())):
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Gives what `delta.apply` takes."""
+        found = {name: own for name, (_, own) in self.whole.items()}
+        for group in self.low_rank:
+            for name, up, down in zip(group.names, group.up, group.down, strict=True):
+                found |= {name + delta.UP: up, name + delta.DOWN: down}
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from earlier values."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+
+class Aligner(nn.Module):
+    """The losses of a batch.
+
+    Args:
+        thinker: the model, on its device.
+        extractor: of the processor.
+        names: `[n, D]`, what stands for each thing that may be heard or seen; see `name_vectors`.
+    """
+
+    def __init__(self, thinker: nn.Module, extractor: WhisperFeatureExtractor, names: Tensor) -> None:
+        super().__init__()
+        self.thinker, self.extractor = thinker, extractor
+        self.llm = parts.language_model(thinker)
+        width = names.shape[1]
+        self.ctc = CTCAlignment(width).to(names.device)
+        self.clock = nn.Linear(width, 100, device=names.device)
+        self.names = names
+        self.middle: list[Tensor] = []
+        layer = self.llm.layers[round(CLOCK_LAYER * len(self.llm.layers))]
+        layer.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.middle = [output if isinstance(output, Tensor) else output[0]]
+
+    @property
+    def heads(self) -> list[nn.Parameter]:
+        """What is trained beside the model, and dropped afterwards."""
+        return [*self.ctc.parameters(), *self.clock.parameters()]
+
+    def forward(self, batch: Batch, towers_only: bool) -> dict[str, Tensor]:
+        """Gives the losses, weighted, by name: the answers' (`text`), and of speech `ctc`, of clips `name` and `clock`.
+
+        Args:
+            batch: of utterances or of clips.
+            towers_only: without those that need the LLM.
+        """
+        sound, pictures = self.encode(batch)
+        rows = len(batch.ids)
+        if batch.frames is None:
+            losses = {"ctc": CTC_WEIGHT * self._ctc(sound, batch)}
+        else:
+            assert pictures is not None
+            groups = batch.frames.shape[1] // 2
+            pooled = pictures.unflatten(1, (groups, -1)).mean(dim=2)  # [B, groups, D]
+            losses = {"name": NAME_WEIGHT * self._names(sound, pooled, batch.marks)}
+        if towers_only:
+            return losses
+        embeds = self.thinker.get_input_embeddings()(batch.ids).index_copy(1, batch.audio, sound)
+        if pictures is not None:
+            embeds = embeds.index_copy(1, batch.video, pictures)
+        positions = batch.positions[:, None].expand(-1, rows, -1)
+        hidden = self.llm(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        row, at = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # on the CPU: nothing waits for the GPU
+        device = hidden.device
+        logits = self.thinker.get_output_embeddings()(hidden[row.to(device), at.to(device)])
+        losses["text"] = F.cross_entropy(logits.float(), batch.labels[row, at + 1].to(device))
+        if batch.percent is not None:
+            losses["clock"] = CLOCK_WEIGHT * self._clock(self.middle[0], batch.percent)
+        self.middle = []
+        return losses
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Gives the tokens of the sounds `[B, Na, D]` and of the pictures `[B, Nv, D]`."""
+        rows = len(batch.ids)
+        mel = log_mel(batch.waves, self.extractor)
+        if self.training:
+            mel = masked(mel)
+        mask = torch.ones(rows, mel.shape[2], dtype=torch.long)
+        sound = encode_audio(self.thinker, mel, mask)[0].embeds.unflatten(0, (rows, -1))
+        if batch.frames is None:
+            return sound, None
+        return sound, encode_video(self.thinker, *patches(batch.frames)).unflatten(0, (rows, -1))
+
+    def _ctc(self, sound: Tensor, batch: Batch) -> Tensor:
+        """Gives CTC per token said."""
+        rows, length, _ = sound.shape
+        stream = TokenStream(sound.flatten(0, 1), (length,) * rows)
+        loss = self.ctc(stream, batch.answers, self.thinker.get_input_embeddings().weight)
+        return loss / sum(map(len, batch.answers))
+
+    def _names(self, sound: Tensor, pictures: Tensor, marks: list[Mark]) -> Tensor:
+        """Gives the cross-entropy of what is heard or seen in the time of each mark, by the cosine to its name."""
+        losses = []
+        for tokens, heard in ((sound, True), (pictures, False)):
+            own = [mark for mark in marks if mark.heard == heard]
+            if not own:
+                continue
+            rows, length, width = tokens.shape
+            pool = torch.zeros(len(own), rows, length)
+            for i, mark in enumerate(own):
+                pool[i, mark.row, mark.start : mark.end] = 1 / (mark.end - mark.start)
+            means = pool.flatten(1).to(tokens) @ tokens.reshape(-1, width)  # [marks, D]
+            logits = NAME_TEMPERATURE * F.normalize(means.float(), dim=1) @ F.normalize(self.names, dim=1).T
+            losses.append(F.cross_entropy(logits, torch.tensor([mark.name for mark in own]).to(logits.device)))
+        return torch.stack(losses).mean()
+
+    def _clock(self, hidden: Tensor, percent: Tensor) -> Tensor:
+        """Gives the cross-entropy of the percent of the clip that is over, told from a layer's states."""
+        places = percent.isfinite().nonzero()[:, 0]
+        chosen = places[torch.randint(len(places), (max(1, CLOCK_PLACES // len(hidden)),), device=places.device)]
+        logits = self.clock(hidden[:, chosen].float())  # [B, places, 100]
+        away = torch.arange(100, device=percent.device) + 0.5 - percent[chosen, None]
+        target = (-0.5 * (away / CLOCK_WIDTH).square()).softmax(dim=1)
+        return F.cross_entropy(logits.flatten(0, 1), target.repeat(len(hidden), 1))
+
+
+def name_vectors(names: list[str], tokenizer: Any, embedding: Tensor) -> Tensor:
+    """Gives the mean embedding of each name's tokens, less the mean of all, `[n, D]` float32."""
+    ids = tokenizer([f" {name}" for name in names], add_special_tokens=False)["input_ids"]
+    vectors = torch.stack([embedding[torch.tensor(i, device=embedding.device)].float().mean(dim=0) for i in ids])
+    return (vectors - vectors.mean(dim=0)).detach()
+
+
+def masked(mel: Tensor) -> Tensor:
+    """Blanks bands of bins and of frames, others in each row of `[B, mel, frames]`."""
+    for axis, (count, widest) in zip((1, 2), MEL_MASKS, strict=True):
+        size, rows = mel.shape[axis], len(mel)
+        at = torch.arange(size, device=mel.device)
+        for _ in range(count):
+            width = torch.rand(rows, 1, device=mel.device) * widest
+            start = torch.rand(rows, 1, device=mel.device) * (size - width)
+            hidden = (at >= start) & (at < start + width)
+            mel = mel.masked_fill(hidden.unsqueeze(3 - axis), 0)
+    return mel
+
+
+class Steps:
+    """The optimizer.
+
+    Args:
+        aligner: of the model.
+        changes: to its weights.
+    """
+
+    def __init__(self, aligner: Aligner, changes: Changes) -> None:
+        self.aligner, self.changes = aligner, changes
+        groups = [*changes.groups(), {"params": aligner.heads, "peak": RATES["heads"]}]
+        self.tensors = [tensor for group in groups for tensor in group["params"]]
+        fused = self.tensors[0].is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+
+    def __call__(self, batch: Batch, scale: float, towers_only: bool) -> dict[str, Tensor]:
+        """Makes a step.
+
+        Args:
+            batch: to learn from.
+            scale: of the rates.
+            towers_only: see `Aligner`.
+
+        Returns:
+            The losses, on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = scale * group["peak"]
+        self.changes.write()
+        losses = self.aligner(batch, towers_only)
+        torch.stack(list(losses.values())).sum().backward()
+        self.changes.collect()
+        torch.nn.utils.clip_grad_norm_(self.tensors, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {name: loss.detach() for name, loss in losses.items()}

@@ -1,0 +1,246 @@
+"""The speech that `align.py` trains on: recorded prompts and synthetic voices, in one tensor on the GPU."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audiopress.benchmarks.align_batch import RATE, TOKEN_SAMPLES, Batch, audio_tokens, labels_of, pad_rows
+from audiopress.data import synthesis, wordnet
+from audiopress.data.collator import Encoder
+from audiopress.data.media import read_audio
+from audiopress.data.records import Record, assistant, user
+from audiopress.data.speech import INSTRUCTION
+from audiopress.models.rewrite import IGNORE
+
+# All guesses.
+SPEED, LEAD, TAIL = (0.9, 1.1), (0.0, 0.4), (0.1, 0.6)  # of an utterance: factor, and seconds of silence
+NOISY, NOISE_DB = 0.5, (-40.0, -8.0)  # share of utterances with noise, and its power against theirs
+DRAWN = 4096  # utterances that are sorted by length and cut into batches
+RECORDED = 0.15  # share of the utterances; the others are synthetic
+KINDS = {"sentence": 0.55, "prompt": 0.2, "words": 0.15, "spelled": 0.1}  # shares of synthetic texts
+LONGEST = 20.0  # seconds of an utterance
+JOINS = 3  # rows of two to four recorded prompts, for each prompt
+
+_PLAIN = re.compile(r"[A-Za-z0-9 ,.'?!-]+")  # what voices read as the prompts' speaker does
+_LETTERS = "BCDEFGHIJKLMNOPQRSTUVWXYZ"  # not A, which voices take for the article
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_OTHERS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
+    "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth "
+    "eightieth ninetieth hundredth thousandth millionth Monday Tuesday Wednesday Thursday Friday Saturday Sunday "
+    "January February March April May June July August September October November December"
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Draws what is to be spoken.
+
+    Args:
+        prompts: texts of the train split.
+        sentences: see `wordnet.sentences`.
+        words: see `wordnet.words`.
+    """
+
+    prompts: Sequence[str]
+    sentences: Sequence[str]
+    words: Sequence[str]
+
+    @classmethod
+    def load(cls, prompts: Sequence[Record]) -> Texts:
+        """Takes the texts of records, and WordNet's."""
+        texts = [record.reference for record in prompts if _PLAIN.fullmatch(record.reference)]
+        return cls(texts, wordnet.sentences(), wordnet.words())
+
+    def draw(self, rng: random.Random) -> str:
+        """Gives one text."""
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        if kind == "sentence":
+            return rng.choice(self.sentences)
+        if kind == "prompt":
+            return rng.choice(self.prompts)
+        if kind == "words":
+            return " ".join(rng.choice(self.words) for _ in range(rng.choice((1, 1, 1, 2, 3))))
+        return _spelled(rng)
+
+
+def _spelled(rng: random.Random) -> str:
+    """Gives letters, numbers, or a word that counts or dates."""
+    few = rng.choice((1, 1, 1, 2, 3))
+    kind = rng.randrange(3)
+    if kind == 0:
+        return " ".join(rng.choice(_LETTERS) for _ in range(few))
+    return rng.choice(_OTHERS.split()) if kind == 1 else " ".join(_number(rng) for _ in range(few))
+
+
+def _number(rng: random.Random) -> str:
+    hundreds, rest = divmod(rng.choice((rng.randrange(20), rng.randrange(100), rng.randrange(1000))), 100)
+    units = _UNITS.split()
+    words = [units[hundreds], "hundred"] if hundreds else []
+    if rest >= 20:
+        words.append(_TENS.split()[rest // 10 - 2])
+        rest %= 10
+    return " ".join([*words, units[rest]] if rest or not words else words)
+
+
+def speak_all(texts: Sequence[str], seed: int) -> tuple[Sequence[str], list[np.ndarray]]:
+    """Speaks each text in a voice of its own; for a process beside the training."""
+    rng = random.Random(seed)
+    return texts, [synthesis.speak(text, synthesis.draw_voice(rng)) for text in texts]
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Where it lies among the samples, and the token ids of what is said."""
+
+    start: int
+    length: int
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An utterance as it is heard in a batch: faster or slower, after so many seconds of silence."""
+
+    utterance: Utterance
+    speed: float
+    lead: float
+
+    @property
+    def samples(self) -> float:
+        """How long that is."""
+        return self.utterance.length / self.speed + self.lead * RATE
+
+
+class SpeechBank:
+    """Utterances to train on, more and more of them.
+
+    Args:
+        encoder: of the model.
+        hours: it has room for.
+        device: where it lies.
+    """
+
+    def __init__(self, encoder: Encoder, hours: float, device: torch.device) -> None:
+        self.tokenizer, self.device = encoder.processor.tokenizer, device
+        self.samples = torch.zeros(round(hours * 3600 * RATE), dtype=torch.int16, device=device)
+        self.used = 0
+        self.recorded: list[Utterance] = []
+        self.synthetic: list[Utterance] = []
+        self.waiting: list[list[Drawn]] = []
+        record = Record("speech", (user(INSTRUCTION), assistant("?")), audio=Path("speech"))
+        self.audio_id = self.tokenizer.convert_tokens_to_ids(encoder.processor.audio_token)
+        ids, labels = encoder._tokenize(record, record.messages, {self.audio_id: [self.audio_id]}, False)
+        at, answer = ids.index(self.audio_id), next(i for i, label in enumerate(labels) if label != IGNORE)
+        self.prefix, self.suffix = ids[:at], ids[at + 1 : answer]
+        self.end = next(label for label in reversed(labels) if label != IGNORE)
+
+    @property
+    def hours(self) -> float:
+        """Of what there is."""
+        return self.used / RATE / 3600
+
+    def has_room(self, utterances: int) -> bool:
+        """Tells whether so many more fit in, however long they are."""
+        return self.used + utterances * LONGEST * RATE <= len(self.samples)
+
+    def add(self, texts: Sequence[str], waves: Sequence[np.ndarray], recorded: bool = False) -> None:
+        """Takes utterances, int16 samples each; the empty ones and those over `LONGEST` are left out."""
+        kept = [(text, wave) for text, wave in zip(texts, waves, strict=True) if 0 < len(wave) <= LONGEST * RATE]
+        if not kept:
+            return
+        answers = self.tokenizer([text for text, _ in kept], add_special_tokens=False)["input_ids"]
+        joined = torch.from_numpy(np.concatenate([wave for _, wave in kept]))
+        if self.used + len(joined) > len(self.samples):
+            raise ValueError(
+                f"there is room for {len(self.samples) / RATE / 3600:g} hours of speech, and they are full"
+            )
+        self.samples[self.used : self.used + len(joined)] = joined.to(self.device)
+        for (_, wave), answer in zip(kept, answers, strict=True):
+            (self.recorded if recorded else self.synthetic).append(Utterance(self.used, len(wave), answer))
+            self.used += len(wave)
+
+    def add_recorded(self, records: Sequence[Record], rng: random.Random) -> None:
+        """Takes recorded prompts, each by itself and several in a row."""
+        waves = [(np.clip(read_audio(r.audio), -1, 1) * (2**15 - 1)).astype(np.int16) for r in records]
+        self.add([record.reference for record in records], waves, recorded=True)
+        for _ in range(JOINS * len(records)):
+            chosen = [rng.randrange(len(records)) for _ in range(rng.randint(2, 4))]
+            text = " ".join(records[i].reference for i in chosen)
+            self.add([text], [np.concatenate([waves[i] for i in chosen])], recorded=True)
+
+    def batch(self, rng: random.Random, tokens: int) -> Batch:
+        """Gives a batch of about so many tokens, or one row; its utterances are of about one length."""
+        if not self.waiting:
+            drawn = [self._draw(rng) for _ in range(DRAWN)]
+            self.waiting = list(_cut(sorted(drawn, key=lambda one: one.samples), self._overhead(), tokens))
+            rng.shuffle(self.waiting)
+        rows = self.waiting.pop()
+        samples = round((max(one.samples for one in rows) / RATE + rng.uniform(*TAIL)) * RATE / TOKEN_SAMPLES)
+        samples *= TOKEN_SAMPLES
+        count = audio_tokens(samples)
+        head = [*self.prefix, *[self.audio_id] * count, *self.suffix]
+        answers = [[*one.utterance.answer, self.end] for one in rows]
+        ids = pad_rows([[*head, *answer] for answer in answers], self.end).to(self.device)
+        first = len(self.prefix)
+        return Batch(
+            ids,
+            labels_of([[IGNORE] * len(head) + answer for answer in answers]),
+            torch.arange(ids.shape[1], device=self.device).expand(3, -1),
+            torch.arange(first, first + count, device=self.device),
+            self._waves(rows, samples),
+            [torch.tensor(one.utterance.answer, device=self.device) for one in rows],
+        )
+
+    def _draw(self, rng: random.Random) -> Drawn:
+        recorded = rng.random() < RECORDED or not self.synthetic
+        return Drawn(rng.choice(self.recorded if recorded else self.synthetic), rng.uniform(*SPEED), rng.uniform(*LEAD))
+
+    def _overhead(self) -> int:
+        """Gives the tokens of a row beside those of its utterance and answer."""
+        return len(self.prefix) + len(self.suffix) + 1 + round(max(TAIL) * RATE / TOKEN_SAMPLES)
+
+    def _waves(self, rows: Sequence[Drawn], samples: int) -> Tensor:
+        """Gives what is heard, `[B, samples]` float32: speed by linear interpolation, and noise in some rows."""
+
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(self.device)[:, None]
+
+        starts = column([one.utterance.start for one in rows], torch.long)
+        lengths = column([one.utterance.length for one in rows], torch.long)
+        at = torch.arange(samples, device=self.device, dtype=torch.float64) - column([one.lead * RATE for one in rows])
+        at = at * column([one.speed for one in rows])
+        inside = (at >= 0) & (at < lengths - 1)
+        whole = at.long().clamp(min=0).minimum(lengths - 2)
+        left, right = (self.samples[starts + whole + i].float() for i in (0, 1))
+        waves = torch.where(inside, left + (right - left) * (at - whole).float(), 0) / 2**15
+        low, high = NOISE_DB
+        decibels = low + (high - low) * torch.rand(len(rows), 1, device=self.device)
+        power = waves.square().sum(dim=1, keepdim=True) / inside.sum(dim=1, keepdim=True).clamp(min=1)
+        noise = (power * 10 ** (decibels / 10)).sqrt() * torch.randn_like(waves)
+        return waves + noise * (torch.rand(len(rows), 1, device=self.device) < NOISY)
+
+
+def _cut(drawn: Sequence[Drawn], overhead: int, tokens: int) -> list[list[Drawn]]:
+    """Cuts utterances, sorted by length, into batches of at most so many tokens, or one row."""
+    batches: list[list[Drawn]] = [[]]
+    width = 0
+    for one in drawn:
+        width = max(width, round(one.samples / TOKEN_SAMPLES) + len(one.utterance.answer) + overhead)
+        if batches[-1] and width * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+            width = round(one.samples / TOKEN_SAMPLES) + len(one.utterance.answer) + overhead
+        batches[-1].append(one)
+    return batches

@@ -1,0 +1,288 @@
+"""Aligning omni-small: batches are what the ordinary path reads, changes are stored small, training learns."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+from test_timeline import folder, stamps  # noqa: F401  (fixtures)
+from tiny import tiny_processor, tiny_thinker
+
+from audiopress.benchmarks import align, align_clips, align_speech
+from audiopress.benchmarks.align_batch import RATE, log_mel, patches
+from audiopress.benchmarks.align_clips import ClipBank, ClipMaker, names
+from audiopress.benchmarks.align_model import Aligner, Changes, Steps, name_vectors
+from audiopress.benchmarks.align_speech import SpeechBank, Texts
+from audiopress.benchmarks.timeline import Options
+from audiopress.data.collator import PATCH_PIXELS, Encoder, OmniCollator
+from audiopress.data.rendering import render
+from audiopress.data.speech import folder_records
+from audiopress.data.timeline import plan
+from audiopress.models import CompressedOmni, delta
+from audiopress.models.layout import TokenIds
+from audiopress.models.packed import use_packed_attention
+from audiopress.models.rewrite import IGNORE
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture
+def thinker(processor):
+    thinker = tiny_thinker(processor)
+    use_packed_attention(thinker)
+    return thinker
+
+
+@pytest.fixture(scope="module")
+def encoder(processor):
+    return Encoder(processor, num_frames=24)
+
+
+@pytest.fixture
+def maker(encoder, stamps):  # noqa: F811
+    return ClipMaker(encoder, stamps, seed=3)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Four spoken prompts: tones."""
+    for i, text in enumerate(("Yes", "No, yes", "user", "When")):
+        wave = 8_000 * np.sin(np.arange(RATE * (3 + i) // 4) * (0.1 + 0.02 * i))
+        wavfile.write(tmp_path / f"{i}.wav", RATE, wave.astype(np.int16))
+        (tmp_path / f"{i}.txt").write_text(text)
+    return folder_records(tmp_path)
+
+
+@pytest.fixture
+def speech(encoder, prompts):
+    bank = SpeechBank(encoder, 0.02, CPU)
+    bank.add_recorded(prompts, random.Random(0))
+    return bank
+
+
+@pytest.fixture
+def clips(maker, thinker, processor):
+    bank = ClipBank(TokenIds.from_config(thinker.config), processor.tokenizer.pad_token_id, CPU)
+    for index in range(2):
+        bank.add(maker(index, 24))
+    return bank
+
+
+@pytest.fixture
+def aligner(thinker, processor, stamps):  # noqa: F811
+    vectors = name_vectors(names(stamps), processor.tokenizer, thinker.get_input_embeddings().weight)
+    return Aligner(thinker, processor.feature_extractor, vectors)
+
+
+def test_sounds_and_frames_become_what_the_encoder_reads(encoder, maker, stamps, tmp_path):  # noqa: F811
+    clip = plan("train", 0, stamps, (24, 24), seed=3)
+    made = maker(0, 24)
+    render(clip, tmp_path / "clip.mp4", size=align_clips.SIZE, fps=align_clips.FPS)
+    record = replace(align_clips._record(clip), audio=tmp_path / "clip.mp4", video=tmp_path / "clip.mp4")
+    sample = encoder(record)
+    assert made.ids[0] == sample["input_ids"].tolist()
+    assert made.labels[0] == sample["labels"].tolist()
+    assert torch.equal(torch.from_numpy(made.times[::2]).float(), sample["video_seconds"])
+    wave = torch.from_numpy(made.wave)[None].float() / 2**15
+    mel = log_mel(wave, encoder.processor.feature_extractor)[0]
+    assert mel.shape == sample["input_features"].shape
+    assert (mel - sample["input_features"]).abs().mean() < 0.05  # what the codec loses
+    frames = torch.from_numpy(made.pictures[made.shown])[None]
+    pixels, grid = patches(frames)
+    assert torch.equal(grid, sample["video_grid_thw"])
+    assert (pixels - sample["pixel_values_videos"]).abs().mean() < 0.05
+    size = {"shortest_edge": 64 * PATCH_PIXELS, "longest_edge": 128 * PATCH_PIXELS}
+    exact = encoder.processor.video_processor(
+        videos=[frames[0]], do_sample_frames=False, size=size, return_tensors="pt"
+    )
+    torch.testing.assert_close(pixels, exact["pixel_values_videos"], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_loss_of_speech_is_that_of_the_ordinary_path(
+    aligner, thinker, speech, encoder, prompts, monkeypatch, tmp_path
+):
+    for name, value in (("SPEED", (1, 1)), ("LEAD", (0, 0)), ("TAIL", (0, 0)), ("NOISY", 0)):
+        monkeypatch.setattr(align_speech, name, value)
+    batch = speech.batch(random.Random(0), 400)
+    assert len(batch.ids) > 1
+    records = []
+    for i, (row, labels, wave) in enumerate(zip(batch.ids, batch.labels, batch.waves, strict=True)):
+        wavfile.write(tmp_path / f"{i}.wav", RATE, wave.numpy())
+        answer = encoder.processor.tokenizer.decode(row[labels != IGNORE][:-1])
+        records.append(
+            replace(
+                prompts[0],
+                messages=(prompts[0].messages[0], {"role": "assistant", "content": answer}),
+                audio=tmp_path / f"{i}.wav",
+            )
+        )
+    inputs = OmniCollator(0)([encoder(record) for record in records])
+    inputs = {k: v for k, v in inputs.items() if torch.is_tensor(v)}
+    expected = CompressedOmni(thinker)(**inputs).loss
+    losses = aligner.eval()(batch, towers_only=False)
+    assert set(losses) == {"text", "ctc"}
+    torch.testing.assert_close(losses["text"], expected, rtol=1e-3, atol=1e-3)
+    assert set(aligner(batch, towers_only=True)) == {"ctc"}
+
+
+@torch.no_grad()
+def test_the_loss_of_clips_is_that_of_the_ordinary_path(aligner, thinker, clips):
+    batch = clips.batch(random.Random(0), 10**6)
+    assert len(batch.ids) == 2
+    pixels, grid = patches(batch.frames)
+    mel = log_mel(batch.waves, aligner.extractor)
+    seconds = torch.from_numpy(clips.clips[24][0][0].times[::2]).float()
+    mask = torch.ones_like(batch.ids)
+    for row, labels in enumerate(batch.labels):  # what was appended to the shorter dialogue
+        mask[row, int((labels != IGNORE).nonzero()[-1]) + 2 :] = 0
+    expected = CompressedOmni(thinker)(
+        batch.ids,
+        mask,
+        batch.labels,
+        input_features=mel,
+        feature_attention_mask=torch.ones(2, mel.shape[2], dtype=torch.long),
+        pixel_values_videos=pixels,
+        video_grid_thw=grid,
+        video_second_per_grid=torch.tensor([2.0, 2.0]),
+        video_seconds=seconds.repeat(2),
+    ).loss
+    losses = aligner.eval()(batch, towers_only=False)
+    assert set(losses) == {"text", "name", "clock"}
+    torch.testing.assert_close(losses["text"], expected, rtol=1e-4, atol=1e-4)
+    assert set(aligner(batch, towers_only=True)) == {"name"}
+
+
+def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811
+    batch = clips.batch(random.Random(0), 10**6)
+    (first, *_), *_ = clips.clips[24]
+    assert {mark.row for mark in batch.marks} == {0, 1}
+    assert {mark.heard for mark in batch.marks} == {True, False}
+    assert all(0 <= m.start < m.end <= (len(batch.audio) if m.heard else 12) for m in batch.marks)
+    assert batch.percent[batch.audio[0]] == 0
+    assert 99 < batch.percent[batch.audio[-1]] < 101
+    assert len(first.ids) == align_clips.DIALOGUES
+    assert len({tuple(ids) for ids in first.ids}) > 1
+
+
+def test_changes_have_the_gradients_of_what_they_are(thinker, aligner, speech):
+    changes = Changes(thinker, rank=3)
+    for group in changes.low_rank:
+        group.up.data.normal_(std=0.05)
+    batch = speech.batch(random.Random(0), 300)
+    changes.write()
+    sum(aligner.eval()(batch, False).values()).backward()
+    changes.collect()
+    group = next(g for g in changes.low_rank if "llm" in g.names[0] and "q_proj" in g.names[0])
+    with torch.no_grad():
+        step = 1e-2 * group.up.grad / group.up.grad.norm()
+        losses = []
+        for sign in (1, -1):
+            group.up.add_(sign * step)
+            changes.write()
+            torch.manual_seed(0)
+            losses.append(float(sum(aligner(batch, False).values())))
+            group.up.sub_(sign * step)
+    slope = (losses[0] - losses[1]) / 2e-2
+    assert slope == pytest.approx(float(group.up.grad.norm()), rel=0.2)
+    assert all(p.grad is None for p in thinker.parameters())
+
+
+def test_training_learns_both(thinker, aligner, speech, clips):
+    changes = Changes(thinker, rank=4)
+    steps = Steps(aligner.train(), changes)
+    rng = random.Random(0)
+    first: dict[str, float] = {}
+    for i in range(30):
+        for batch in (speech.batch(rng, 500), clips.batch(rng, 2_000)):
+            losses = steps(batch, 3.0, towers_only=i < 3)
+            for name, loss in losses.items():
+                key = name + ("" if batch.frames is None else "_clips")
+                first.setdefault(key, float(loss))
+                first[f"last {key}"] = float(loss)
+    assert set(first) >= {"ctc", "text", "text_clips", "name_clips", "clock_clips"}
+    for key in ("ctc", "text", "text_clips", "clock_clips"):
+        assert first[f"last {key}"] < first[key], key
+
+
+def test_changes_are_stored_small(thinker, processor, tmp_path):
+    changes = Changes(thinker, rank=3)
+    with torch.no_grad():
+        for tensor in changes.tensors().values():
+            tensor.add_(torch.randn_like(tensor) * 0.05)
+    changes.write()
+    delta.write(tmp_path / "x.safetensors", changes.tensors(), {"steps": "7"})
+    tensors, about = delta.read(tmp_path / "x.safetensors")
+    assert about == {"steps": "7"}
+    other = tiny_thinker(processor)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    delta.apply(other, tensors)
+    changed = {k for k, v in other.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any("embed_tokens" in k or ".conv" in k for k in changed)
+    for name, expected in thinker.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], expected, rtol=0, atol=6e-3, msg=name)
+    again = Changes(tiny_thinker(processor), rank=3)
+    again.load(tensors)
+    assert all(torch.equal(v, tensors[k]) for k, v in again.tensors().items())
+    tensors.pop(next(iter(tensors)))
+    with pytest.raises(ValueError, match="the changes are of another model: missing"):
+        delta.apply(other, tensors)
+
+
+def test_texts_are_of_every_kind():
+    texts = Texts(["Press the pound key."], ["A set of two."], ["person", "cut back"])
+    rng = random.Random(0)
+    drawn = [texts.draw(rng) for _ in range(4000)]
+    for text in ("Press the pound key.", "A set of two.", "person", "B", "seventeenth", "one hundred", "twenty one"):
+        assert any(text in one for one in drawn), text
+
+
+def test_the_whole_run(processor, stamps, prompts, monkeypatch, tmp_path, capsys):  # noqa: F811
+    monkeypatch.setattr(align, "load_base", lambda name, dtype: (tiny_thinker(processor), processor))
+    monkeypatch.setattr("audiopress.benchmarks.align_scores.load_base", align.load_base)
+    monkeypatch.setattr(align, "packaged_stamps", lambda: stamps)
+    monkeypatch.setattr(align.synthesis, "ensure_voices", lambda: None)
+    monkeypatch.setattr(align, "speech_records", lambda split: prompts)
+    monkeypatch.setattr("audiopress.benchmarks.align_scores.speech_records", lambda split: prompts)
+    monkeypatch.setattr("audiopress.benchmarks.align_scores.NEW_TOKENS", 3)
+    monkeypatch.setattr("audiopress.benchmarks.align_scores.ANSWER_TOKENS", 3)
+    monkeypatch.setattr("audiopress.benchmarks.align_scores.Options", lambda: Options(seconds=(24, 27), size=64))
+    monkeypatch.setattr(align.Texts, "load", classmethod(lambda cls, records: cls([], [], [])))
+    options = "--of 9 --minutes 9 --tokens 500 --hours 0.02 --clips 4 --workers 1 --test-clips 1 --device cpu"
+    for start in (1, 2):
+        monkeypatch.setattr(
+            sys, "argv", ["align.py", *options.split(), "--steps", "2", "--output", str(tmp_path / "run")]
+        )
+        assert align.main() is None
+        assert int(delta.read(tmp_path / "run" / align.FILE)[1]["steps"]) == 2 * start
+    rows = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+    assert [next(k for k in ("speech", "time") if k in row) for row in rows] == ["speech", "speech", "time"] * 2
+    assert "time: mIoU" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["align.py", "--minutes", "3", "--of", "2"])
+    assert "minutes must be from 0 to those of the whole, got 3 of 2" in align.main()
+
+
+def test_a_step_in_half_precision(thinker, aligner, speech, clips):
+    """As on a GPU: the model in bfloat16, its changes in float32, and frequencies as they were."""
+    changes = Changes(thinker, rank=2)
+    delta.cast_weights(thinker, torch.bfloat16)
+    assert {b.dtype for n, b in thinker.named_buffers() if "inv_freq" in n} == {torch.float32}
+    before = {name: tensor.clone() for name, tensor in changes.tensors().items()}
+    steps = Steps(aligner.train(), changes)
+    for batch in (speech.batch(random.Random(0), 300), clips.batch(random.Random(0), 2_000)):
+        losses = steps(batch, 1.0, towers_only=False)
+        assert all(loss.isfinite() for loss in losses.values())
+    assert all(tensor.dtype == torch.float32 for tensor in changes.tensors().values())
+    still = [n for n, tensor in changes.tensors().items() if torch.equal(tensor, before[n])]
+    assert not [name for name in still if not name.endswith(delta.DOWN)]
