@@ -214,8 +214,8 @@ def command(row: Row) -> str:
     """Gives the command that makes a row; a row that holds it knows best."""
     if row.get("command"):
         return row["command"]
-    if row.get("questions"):
-        return shlex.join(["python", "benchmarks/ablation.py", ABLATION, "--questions", next(iter(row["questions"]))])
+    if row.get("ablation"):
+        return shlex.join(["python", "benchmarks/ablation.py", ABLATION, "--questions", next(iter(row["ablation"]))])
     return shlex.join(["python", *(_speech(row) if kind_of(row) == SPEECH else _events(row))])
 
 
