@@ -123,10 +123,10 @@ function showPoints() {
   const costs = {
     rate: (p) => [p.tokens_per_second, `${number(p.tokens_per_second)} audio tokens/s`],
     share: (p) => [p.share, `${number(p.share)} % of audio and video tokens`],
-    time: (p) => [p.times[time]?.ms, `${number(p.times[time]?.ms)} ${data.times[time]}`],
+    [time]: (p) => [p.times[time]?.ms, `${number(p.times[time]?.ms)} ${data.times[time]}`],
   };
   const points = shown();
-  const drawn = { "chart-cost": $("cost").value, "chart-time": "time" };
+  const drawn = { "chart-cost": $("cost").value, "chart-time": time };
   const counts = {};
   for (const [id, cost] of Object.entries(drawn)) {
     const values = points.flatMap((p) => {
@@ -142,7 +142,7 @@ function showPoints() {
     });
     counts[id] = values.length;
     if (!values.length) {
-      empty(id, cost === "time" ? "No row that is shown has a measured time." : "No row is left by the filters.");
+      empty(id, cost === time ? "No row that is shown has a measured time." : "No row is left by the filters.");
       continue;
     }
     const about = `${metric().name} of ${values.length} points; the table below holds the same rows`;

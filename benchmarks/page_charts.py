@@ -6,11 +6,14 @@ Colours are CSS variables of the page, so that light and dark need no second cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
 import vl_convert
+
+from audiopress.benchmarks.page_rows import TIMES
+from audiopress.compression.base import TOKENS_PER_SECOND
 
 POINTS = "points"  # fields: x, y, low, high, series, colour, lead, rate, stage, trained, query_aware, and texts to show
 TOKENS, STRIPS, SOUND = "tokens", "strips", "sound"  # what is drawn of a clip
@@ -35,13 +38,15 @@ def accuracy_chart(error: bool, x: alt.Scale, ticks: Sequence[float] | None, hig
     Args:
         error: whether less is better.
         x: the scale of the cost.
-        ticks: of x; None: wherever they fall.
+        ticks: of x, those that are in its domain; None: wherever they fall.
         highest: score of all points, in %, so that filters do not move the axis.
     """
     ends = [0, max(110, 1.1 * highest)] if error else [0, 100]
     scale = alt.Scale(type="symlog", constant=1, domain=ends) if error else alt.Scale(domain=ends)
     y_axis = alt.Axis(title=None, values=[tick for tick in ERRORS if tick <= ends[1]] if error else alt.Undefined)
-    x_axis = alt.Axis(title=None, format="~g", **({} if ticks is None else {"values": ticks}), labelFlush=False)
+    low, high = x.domain
+    inside = alt.Undefined if ticks is None else [tick for tick in ticks if low <= tick <= high]
+    x_axis = alt.Axis(title=None, format="~g", values=inside, labelFlush=False)
     at_x, at_y = alt.X("x:Q", scale=x, axis=x_axis), alt.Y("y:Q", scale=scale, axis=y_axis)
     colour = alt.Color("colour:N", scale=None)
     hovered = alt.selection_point(name="hovered", fields=["series"], on="pointerover", clear="pointerout")
@@ -97,26 +102,26 @@ def accuracy_chart(error: bool, x: alt.Scale, ticks: Sequence[float] | None, hig
 
 
 def accuracy_charts(points: Sequence[dict[str, Any]], error: bool) -> dict[str, dict[str, Any]]:
-    """Gives the charts of a testbed: against tokens per second, the share of all tokens, and time.
+    """Gives the charts of a testbed: against tokens per second, the share of all tokens, and each time.
 
     Args:
-        points: of the testbed, filters or not, so that filters move no axis of theirs.
+        points: of the testbed, filters or not, so that filters move no axis.
         error: whether less is better.
     """
 
-    def least(name: str, default: float) -> float:
-        return 0.9 * min((point[name] for point in points if point[name]), default=default)
+    def scale(values: Iterable[float | None], usual: Sequence[float], **more: Any) -> alt.Scale:
+        found = [value for value in values if value] + list(usual)
+        return alt.Scale(type="log", domain=[0.9 * min(found), 1.12 * max(found)], **more)
 
     values = [part[key] for point in points for part in point["scores"].values() for key in part]
     highest = max((value for value, *_ in values), default=0)
-    rates = alt.Scale(type="log", base=2, domain=[least("tokens_per_second", 3), 28])
-    shares = alt.Scale(type="log", domain=[least("share", 10), 115])
-    times = alt.Scale(type="log", nice=False, padding=20)
     axes = {
-        "rate": (rates, [tick for tick in RATES if tick >= rates.domain[0]]),
-        "share": (shares, [tick for tick in SHARES if tick >= shares.domain[0]]),
-        "time": (times, None),
+        "rate": (scale((point["tokens_per_second"] for point in points), (3, TOKENS_PER_SECOND), base=2), RATES),
+        "share": (scale((point["share"] for point in points), (10, 100)), SHARES),
     }
+    for key in TIMES:
+        found = [point["times"][key]["ms"] for point in points if key in point["times"]]
+        axes[key] = scale(found, () if found else (1, 10)), None
     return {name: accuracy_chart(error, *axis, highest) for name, axis in axes.items()}
 
 
