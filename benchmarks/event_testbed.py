@@ -112,9 +112,9 @@ class TimeTestbed:
         model = CompressedOmni(self.model.thinker, self._compressor(cell), positions=cell["positions"])
         model.to(self.model.device).seed = cell["seed"]
         assert model.compressor is not None
-        row: dict[str, Any] = {
-            name: getattr(model.compressor, name) for name in ("trained", "query_aware", "stage", "adaptive")
-        } | {"config": dataclasses.asdict(model.compressor.config)}
+        names = ("trained", "query_aware", "stage", "adaptive")
+        row: dict[str, Any] = {name: getattr(model.compressor, name) for name in names}
+        row["config"] = dataclasses.asdict(model.compressor.config)
         try:
             if cell["steps"]:
                 row |= self._train(model, cell)
@@ -125,11 +125,11 @@ class TimeTestbed:
             model.remove_adapter()
 
     def _compressor(self, cell: Cell) -> Compressor:
-        options = dict(cell["options"])
-        if cell["keep_ratio"] is not None:
-            options["keep_ratio"] = cell["keep_ratio"]
+        options = cell["options"] | ({} if cell["keep_ratio"] is None else {"keep_ratio": cell["keep_ratio"]})
         own = self.model.compressor
         if own is not None:
+            if cell["method"] != own.name:
+                raise ValueError(f"the model is a variant with {own.name}, got a cell of {cell['method']}")
             return own.at(**options) if options else own
         return build_for(self.model.thinker, cell["method"], **options)
 
@@ -162,10 +162,7 @@ class TimeTestbed:
             name=f"training {model.compressor.name}",
         )
         last = losses[-max(1, len(losses) // 10) :]
-        return {
-            "train_loss": sum(last) / len(last),
-            "training_seconds": time.perf_counter() - started,
-        }
+        return {"train_loss": sum(last) / len(last), "training_seconds": time.perf_counter() - started}
 
     @torch.no_grad()
     def _measure(self, model: CompressedOmni) -> dict[str, Any]:
@@ -290,8 +287,15 @@ class TimeSettings:
         }
 
     def training(self) -> dict[str, Any]:
-        """Gives what all cells with training have in common."""
+        """Gives what all cells with training have in common; raises ValueError where there is nothing to train on."""
+        if not self.train.is_file():
+            raise ValueError(f"{self.train} is missing: there is nothing to train on")
         return {"recipe": dataclasses.asdict(self.recipe)}
+
+    @property
+    def train(self) -> Path:
+        """The dialogues to train on."""
+        return Path(self.data, "train.json")
 
     @property
     def saved(self) -> bool:
@@ -307,8 +311,7 @@ class TimeSettings:
         """
         folder = Path(self.data)
         clips = load_clips(folder, self.split, self.limit)
-        train = folder / "train.json"
-        dialogues = load_dialogues(train, video_dir=folder / "videos") if train.is_file() else []
+        dialogues = load_dialogues(self.train, video_dir=folder / "videos") if self.train.is_file() else []
         model, processor = audiopress.load(self.model, base=self.base, device=device)
         sizes = {"num_frames": self.num_frames, "room": self.room}
         return TimeTestbed(model, processor, clips, dialogues, self.recipe, workers=workers, **sizes)

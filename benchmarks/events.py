@@ -72,7 +72,7 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--base", help="of a saved variant: where its base model lies now")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that need no training")
     parser.add_argument("--keep-ratios", type=float, nargs="+", help="tokens out / in; of joint methods, of both kinds")
-    parser.add_argument("--positions", choices=POSITIONS, default=POSITIONS[0])
+    parser.add_argument("--positions", choices=POSITIONS, default=POSITIONS[0], help="a variant has its own")
     parser.add_argument("--steps", type=int, default=0, help="of training, before every cell; 0: as the model is")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a cell for each")
     for field in dataclasses.fields(Recipe):
@@ -103,7 +103,8 @@ def make_cells(args: argparse.Namespace, settings: TimeSettings) -> list[Cell]:
     if settings.saved:
         if args.methods or args.steps:
             raise ValueError(f"{args.model} is a saved variant with its own method: give no --methods and no --steps")
-        own = storage.read_manifest(args.model)["compressor"]
+        variant = storage.read_manifest(args.model)
+        own, common["positions"] = variant["compressor"], variant["positions"]
         pairs = [(NONE if own is None else own["name"], ratio) for ratio in args.keep_ratios or [None]]
     else:
         for name in dict.fromkeys([NONE, "random", "uniform-stride", *(args.methods or training_free())]):

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from test_timeline import data_set, folder, stamps  # noqa: F401  (fixtures)
-from tiny import tiny_processor, tiny_thinker
+from tiny import tiny_processor, tiny_thinker, write_checkpoint
 
+import audiopress
 from audiopress.benchmarks import event_testbed, events
 from audiopress.benchmarks.event_clips import Encoded, KeptClips, load_clips
 from audiopress.benchmarks.event_scores import Question, number, scores, things
@@ -150,6 +151,16 @@ def test_towers_that_ran_before_change_nothing(data_set, processor, method):  # 
     assert torch.equal(again.positions, whole.positions)
 
 
+def test_worker_processes_decode_the_same(data_set, processor):  # noqa: F811
+    groups = [[q.record for q in clip.questions[:2]] for clip in load_clips(data_set, "test")]
+    thinker = tiny_thinker(processor)
+    here, there = (KeptClips(thinker, Encoded(processor, groups, FRAMES, True), n, "clips") for n in (0, 1))
+    for one, other in zip(here.clips[0], there.clips[0], strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(here.features[0], there.features[0])
+
+
 def without_ids(batch):
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
@@ -231,6 +242,8 @@ def test_a_saved_variant_is_measured_with_its_own_method(testbed, processor):
     variant = CompressedOmni(thinker, build_for(thinker, "stacking", keep_ratio=0.5)).eval()
     own = TimeTestbed(variant, processor, testbed.clips, num_frames=FRAMES, room=8_000)
     assert own(CELL | {"method": "stacking"})["config"]["keep_ratio"] == 0.5
+    with pytest.raises(ValueError, match=r"the model is a variant with stacking, got a cell of ward"):
+        own(CELL | {"method": "ward"})
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Recipe)])
@@ -264,6 +277,28 @@ def test_the_command(command, capsys):
     assert {row["status"] for row in rows} == {"ok"}
     assert len(command("--methods", "omnizip", "--keep-ratios", "0.2", "--seeds", "0", "1")) == len(rows)
     assert "| `omnizip` | 0 | 1 |" in capsys.readouterr().out
+
+
+def test_the_command_on_a_saved_variant(data_set, processor, tmp_path, monkeypatch, capsys):  # noqa: F811
+    write_checkpoint(tmp_path / "base", tiny_thinker(processor))
+    base = str(tmp_path / "base")
+    opened, _ = audiopress.load(base, compressor="ward", keep_ratio=0.5, device="cpu")
+    opened.positions = "contiguous"
+    opened.save_pretrained(tmp_path / "variant")
+    rows = tmp_path / "rows.jsonl"
+    options = ["--model", str(tmp_path / "variant"), "--keep-ratios", "0.25", "--num-frames", "4", "--workers", "0"]
+    monkeypatch.setattr(
+        sys, "argv", ["events.py", str(data_set), *options, "--device", "cpu", "--output", str(rows), "--commit", "a"]
+    )
+    events.main()
+    (row,) = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert (row["status"], row["method"], row["positions"]) == ("ok", "ward", "contiguous")
+    assert row["kept"]["audio"] == pytest.approx(0.25, abs=0.01)
+    assert len(row["weights"]) == 64
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "3"])
+    with pytest.raises(SystemExit):
+        events.main()
+    assert "is a saved variant with its own method: give no --methods and no --steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
