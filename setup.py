@@ -3,7 +3,7 @@
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks")
+SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks", "benchmarks.alignment")
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.10.7", "tensorboard>=2.16", "rich>=13"]
 TEST = [*DEMO, "pytest>=8.3.4", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]

@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 
-from audiopress.benchmarks.align_batch import Batch
-from audiopress.benchmarks.align_clips import DURATIONS, ClipBank, ClipMaker, MadeClip, names
-from audiopress.benchmarks.align_model import Aligner, Changes, Steps, name_vectors
-from audiopress.benchmarks.align_scores import aligned, speech_scores, time_scores
-from audiopress.benchmarks.align_speech import SpeechBank, Texts, speak_all
+from audiopress.benchmarks.alignment.batch import Batch
+from audiopress.benchmarks.alignment.clips import DURATIONS, ClipBank, ClipMaker, MadeClip, names
+from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
+from audiopress.benchmarks.alignment.scores import aligned, speech_scores, time_scores
+from audiopress.benchmarks.alignment.speech import SpeechBank, Texts, speak_all
 from audiopress.benchmarks.cells import Parser, check_device
 from audiopress.benchmarks.environment import environment, finish
 from audiopress.data import synthesis

@@ -14,11 +14,13 @@ from scipy.io import wavfile
 from test_timeline import folder, stamps  # noqa: F401  (fixtures)
 from tiny import tiny_processor, tiny_thinker
 
-from audiopress.benchmarks import align, align_clips, align_speech
-from audiopress.benchmarks.align_batch import RATE, log_mel, patches
-from audiopress.benchmarks.align_clips import ClipBank, ClipMaker, names
-from audiopress.benchmarks.align_model import Aligner, Changes, Steps, name_vectors
-from audiopress.benchmarks.align_speech import SpeechBank, Texts
+from audiopress.benchmarks import align
+from audiopress.benchmarks.alignment import clips as clips_module
+from audiopress.benchmarks.alignment import speech as speech_module
+from audiopress.benchmarks.alignment.batch import RATE, log_mel, patches
+from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
+from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
+from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
 from audiopress.benchmarks.timeline import Options
 from audiopress.data.collator import PATCH_PIXELS, Encoder, OmniCollator
 from audiopress.data.rendering import render
@@ -88,8 +90,8 @@ def aligner(thinker, processor, stamps):  # noqa: F811
 def test_sounds_and_frames_become_what_the_encoder_reads(encoder, maker, stamps, tmp_path):  # noqa: F811
     clip = plan("train", 0, stamps, (24, 24), seed=3)
     made = maker(0, 24)
-    render(clip, tmp_path / "clip.mp4", size=align_clips.SIZE, fps=align_clips.FPS)
-    record = replace(align_clips._record(clip), audio=tmp_path / "clip.mp4", video=tmp_path / "clip.mp4")
+    render(clip, tmp_path / "clip.mp4", size=clips_module.SIZE, fps=clips_module.FPS)
+    record = replace(clips_module._record(clip), audio=tmp_path / "clip.mp4", video=tmp_path / "clip.mp4")
     sample = encoder(record)
     assert made.ids[0] == sample["input_ids"].tolist()
     assert made.labels[0] == sample["labels"].tolist()
@@ -114,7 +116,7 @@ def test_the_loss_of_speech_is_that_of_the_ordinary_path(
     aligner, thinker, speech, encoder, prompts, monkeypatch, tmp_path
 ):
     for name, value in (("SPEED", (1, 1)), ("LEAD", (0, 0)), ("TAIL", (0, 0)), ("NOISY", 0)):
-        monkeypatch.setattr(align_speech, name, value)
+        monkeypatch.setattr(speech_module, name, value)
     batch = speech.batch(random.Random(0), 400)
     assert len(batch.ids) > 1
     records = []
@@ -172,7 +174,7 @@ def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811
     assert all(0 <= m.start < m.end <= (len(batch.audio) if m.heard else 12) for m in batch.marks)
     assert batch.percent[batch.audio[0]] == 0
     assert 99 < batch.percent[batch.audio[-1]] < 101
-    assert len(first.ids) == align_clips.DIALOGUES
+    assert len(first.ids) == clips_module.DIALOGUES
     assert len({tuple(ids) for ids in first.ids}) > 1
 
 
@@ -250,14 +252,14 @@ def test_texts_are_of_every_kind():
 
 def test_the_whole_run(processor, stamps, prompts, monkeypatch, tmp_path, capsys):  # noqa: F811
     monkeypatch.setattr(align, "load_base", lambda name, dtype: (tiny_thinker(processor), processor))
-    monkeypatch.setattr("audiopress.benchmarks.align_scores.load_base", align.load_base)
+    monkeypatch.setattr("audiopress.benchmarks.alignment.scores.load_base", align.load_base)
     monkeypatch.setattr(align, "packaged_stamps", lambda: stamps)
     monkeypatch.setattr(align.synthesis, "ensure_voices", lambda: None)
     monkeypatch.setattr(align, "speech_records", lambda split: prompts)
-    monkeypatch.setattr("audiopress.benchmarks.align_scores.speech_records", lambda split: prompts)
-    monkeypatch.setattr("audiopress.benchmarks.align_scores.NEW_TOKENS", 3)
-    monkeypatch.setattr("audiopress.benchmarks.align_scores.ANSWER_TOKENS", 3)
-    monkeypatch.setattr("audiopress.benchmarks.align_scores.Options", lambda: Options(seconds=(24, 27), size=64))
+    monkeypatch.setattr("audiopress.benchmarks.alignment.scores.speech_records", lambda split: prompts)
+    monkeypatch.setattr("audiopress.benchmarks.alignment.scores.NEW_TOKENS", 3)
+    monkeypatch.setattr("audiopress.benchmarks.alignment.scores.ANSWER_TOKENS", 3)
+    monkeypatch.setattr("audiopress.benchmarks.alignment.scores.Options", lambda: Options(seconds=(24, 27), size=64))
     monkeypatch.setattr(align.Texts, "load", classmethod(lambda cls, records: cls([], [], [])))
     options = "--of 9 --minutes 9 --tokens 500 --hours 0.02 --clips 4 --workers 1 --test-clips 1 --device cpu"
     for start in (1, 2):

@@ -96,9 +96,9 @@ def test_a_wrong_name_is_answered_with_the_right_ones():
 
 
 def test_setup_names_every_folder_and_the_version(setup):
-    folders = sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
-    assert sorted(setup["packages"]) == ["audiopress", *(f"audiopress.{name}" for name in folders)]
-    assert set(folders) == set(ORDER)
+    folders = [p.parent.relative_to(ROOT) for name in ORDER for p in (ROOT / name).rglob("__init__.py")]
+    assert sorted(setup["packages"]) == sorted(["audiopress", *(".".join(["audiopress", *f.parts]) for f in folders)])
+    assert {p.parent.name for p in ROOT.glob("*/__init__.py")} == set(ORDER)
     assert setup["version"] == audiopress.__version__
 
 

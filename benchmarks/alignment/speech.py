@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiopress.benchmarks.align_batch import RATE, TOKEN_SAMPLES, Batch, audio_tokens, labels_of, pad_rows
+from audiopress.benchmarks.alignment.batch import RATE, TOKEN_SAMPLES, Batch, audio_tokens, labels_of, pad_rows
 from audiopress.data import synthesis, wordnet
 from audiopress.data.collator import Encoder
 from audiopress.data.media import read_audio

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from audiopress.benchmarks.align_batch import Batch, Mark, audio_tokens, labels_of, pad_rows
+from audiopress.benchmarks.alignment.batch import Batch, Mark, audio_tokens, labels_of, pad_rows
 from audiopress.data.collator import Encoder
 from audiopress.data.longvale import format_time
 from audiopress.data.records import Message, Record, assistant, user

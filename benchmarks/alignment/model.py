@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
-from audiopress.benchmarks.align_batch import Batch, Mark, log_mel, patches
+from audiopress.benchmarks.alignment.batch import Batch, Mark, log_mel, patches
 from audiopress.compression import TokenStream
 from audiopress.models import delta, parts
 from audiopress.models.alignment import CTCAlignment

@@ -1,0 +1,1 @@
+"""What `align.py` trains omni-small on, how, and how well it then hears and sees."""
