@@ -113,12 +113,12 @@ def read_points(results: Path) -> dict[str, list[Point]]:
     cells: dict[str, Row] = {}
     questions: dict[str, dict[str, str]] = {}
     for row in sorted(rows, key=lambda row: row["utc"]):
-        name = _identity(row, seed=True)
+        name = identity(row, seed=True)
         cells[name] = row
         questions[name] = questions.get(name, {}) | row.get("ablation", {})
     seeds: dict[str, list[str]] = {}
     for name, row in cells.items():
-        seeds.setdefault(_identity(row, seed=False), []).append(name)
+        seeds.setdefault(identity(row, seed=False), []).append(name)
     models = {testbed: {row["model"] for row in rows if testbed_of(row) == testbed} for testbed in CLIPS}
     sets: dict[str, list[Point]] = {}
     for names in seeds.values():
@@ -127,8 +127,8 @@ def read_points(results: Path) -> dict[str, list[Point]]:
         testbed = testbed_of(good[0])
         assert testbed is not None
         asked = {key: text for name in names for key, text in questions[name].items()}
-        point = Point(testbed, _label(good[0], len(models[testbed]) > 1), tuple(good), asked)
-        sets.setdefault(_describe(good), []).append(point)
+        point = Point(testbed, label(good[0], len(models[testbed]) > 1), tuple(good), asked)
+        sets.setdefault(describe(good[0]), []).append(point)
     ordered = sorted(sets.items(), key=lambda item: (item[1][0].testbed, -len(item[1])))
     return {words: sorted(points, key=_order(points)) for words, points in ordered}
 
@@ -166,7 +166,8 @@ def asked_options(row: Row) -> Row:
     return row["options"] if testbed_of(row) == TIME else {}
 
 
-def _identity(row: Row, seed: bool) -> str:
+def identity(row: Row, seed: bool = True) -> str:
+    """Gives what tells a row's cell from others; without `seed` those of all seeds are one."""
     testbed = testbed_of(row)
     assert testbed is not None
     names = [*CLIPS[testbed], *CELL, *(TRAINING if row.get("steps") else ())]
@@ -174,7 +175,8 @@ def _identity(row: Row, seed: bool) -> str:
     return json.dumps([testbed, own, (row.get("seed") or 0) if seed else None], sort_keys=True)
 
 
-def _label(row: Row, several_models: bool) -> str:
+def label(row: Row, several_models: bool = False) -> str:
+    """Names a row's method, with its options, how it was trained, and, where there are several, the model."""
     details = [f"{name} {value}" for name, value in asked_options(row).items()]
     details += ["contiguous"] if row.get("positions") == "contiguous" else []
     if row.get("steps") and testbed_of(row) == SPEECH:
@@ -184,9 +186,8 @@ def _label(row: Row, several_models: bool) -> str:
     return ", ".join([names.get(row["method"], row["method"]), *details])
 
 
-def _describe(rows: Sequence[Row]) -> str:
-    """Says in words which clips rows are of."""
-    row = rows[0]
+def describe(row: Row) -> str:
+    """Says in words which clips a row is of."""
     limit = f", at most {row['limit']} clips" if row.get("limit") else ""
     if testbed_of(row) == SPEECH:
         kind = "joined to dense clips" if row["joined"] else "one by one"

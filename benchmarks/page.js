@@ -49,7 +49,7 @@ let hidden = new Set(); // lines that are not ticked
 let order; // of the table
 
 const current = () => data.testbeds[testbed];
-const metric = () => current().metrics.find((each) => each.key === $("metric").value);
+const metric = () => current().metrics[$("metric").value] ?? "Score";
 const inSetting = () => data.points.filter((p) => p.testbed === testbed && p.setting === $("setting").value);
 
 function colour(point) {
@@ -66,7 +66,7 @@ function shown() {
   );
 }
 
-const scored = (p) => p.scores[$("part").value]?.[metric()?.key];
+const scored = (p) => p.scores[$("part").value]?.[$("metric").value];
 
 function partName(name) {
   if (name === ALL) return "all together";
@@ -77,7 +77,7 @@ function showTestbed(key) {
   testbed = key;
   hidden = new Set();
   order = { column: 1, up: current().error };
-  choices($("metric"), current().metrics.map((each) => [each.key, each.name]));
+  choices($("metric"), Object.entries(current().metrics));
   choices($("setting"), current().settings.map((words) => [words, words]));
   showSetting();
 }
@@ -118,7 +118,7 @@ function showMethods(points) {
 }
 
 function showPoints() {
-  document.querySelectorAll(".score-name").forEach((place) => (place.textContent = metric()?.name ?? "Score"));
+  document.querySelectorAll(".score-name").forEach((place) => (place.textContent = metric()));
   const time = $("time").value;
   const costs = {
     rate: (p) => [p.tokens_per_second, `${number(p.tokens_per_second)} audio tokens/s`],
@@ -145,7 +145,7 @@ function showPoints() {
       empty(id, cost === time ? "No row that is shown has a measured time." : "No row is left by the filters.");
       continue;
     }
-    const about = `${metric().name} of ${values.length} points; the table below holds the same rows`;
+    const about = `${metric()} of ${values.length} points; the table below holds the same rows`;
     draw(id, data.charts[testbed][cost], { points: values }, about).then(({ view }) =>
       view.addEventListener("click", (_, item) => item?.datum?.id != null && open(item.datum.id)),
     );
@@ -165,7 +165,7 @@ function columns() {
   const value = (name, of, show) => ({ name, of, show, number: true });
   return [
     text("Method", (p) => named(p.series)),
-    value(metric()?.name ?? "Score", (p) => scored(p)?.[0], (p) => (scored(p) ? score(scored(p)) : "")),
+    value(metric(), (p) => scored(p)?.[0], (p) => (scored(p) ? score(scored(p)) : "")),
     value("Audio tokens/s", (p) => p.tokens_per_second, (p) => number(p.tokens_per_second)),
     value(data.times[time], (p) => p.times[time]?.ms, (p) => number(p.times[time]?.ms)),
     text("Stage", (p) => p.stage),

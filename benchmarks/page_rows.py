@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import json
 import math
 import shlex
@@ -15,35 +13,17 @@ from typing import Any
 
 import torch
 
+from audiopress.benchmarks.accuracy_rows import SPEECH, TIME, Row, describe, identity, label, testbed_of
 from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
 from audiopress.benchmarks.speed_report import select
 from audiopress.compression import Compressor, build
 from audiopress.compression.base import TOKENS_PER_SECOND
 from audiopress.compression.registry import QWEN_7B
-from audiopress.models.rewrite import POSITIONS
 
-Row = dict[str, Any]
-
-SPEECH, TIME = "speech", "time"  # testbeds
 ALL = "all"  # languages, or kinds of question
 NEAR = 1.3  # a time goes with a point whose share of kept audio tokens differs by this factor at most; a guess
 LONG = 30  # values of a list; a longer one is only counted on the page. A choice
 LEADERS = 8  # methods with a colour of their own: more cannot be told apart. A choice
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A score.
-
-    Args:
-        key: in the rows, whose interval is `{key}_interval`.
-        name: in words.
-        scale: from the row's number to the page's.
-    """
-
-    key: str
-    name: str
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -52,45 +32,38 @@ class Testbed:
 
     Args:
         name: a heading.
-        metrics: the first one is shown first, and tells who leads.
+        metrics: their names by their keys in the rows; the first is shown first, and tells who leads.
         error: whether less is better.
         parts: the key in the rows of the scores by part.
         part: what such a part is.
-        settings: keys that tell sets of clips apart; only rows of one set are compared.
     """
 
     name: str
-    metrics: tuple[Metric, ...]
+    metrics: dict[str, str]
     error: bool
     parts: str
     part: str
-    settings: tuple[str, ...]
 
 
 TESTBEDS = {
     SPEECH: Testbed(
         "Words",
-        (
-            Metric("wer", "Word error rate, %", 100),
-            Metric("cer", "Character error rate, %", 100),
-        ),
+        {"wer": "Word error rate, %", "cer": "Character error rate, %"},
         True,
         "by_language",
         "language",
-        ("model", "languages", "splits", "joined", "limit"),
     ),
     TIME: Testbed(
         "Times",
-        (
-            Metric("miou", "Mean IoU of the spans, %", 100),
-            Metric("caption_accuracy", "Captions without an error, %", 100),
-            Metric("caption_things", "Things that captions name, %", 100),
-            Metric("counting_accuracy", "Counts right, %", 100),
-        ),
+        {
+            "miou": "Mean IoU of the spans, %",
+            "caption_accuracy": "Captions without an error, %",
+            "caption_things": "Things that captions name, %",
+            "counting_accuracy": "Counts right, %",
+        },
         False,
         "by_needs",
         "question needs",
-        ("model", "weights", "data", "split", "limit", "num_frames", "steps"),
     ),
 }
 ABLATION = "benchmarks/configs/ablation.yaml"  # its rows do not name their file
@@ -104,15 +77,19 @@ TIMES = {  # by key: what was timed, the benchmark's file, and the field of its 
 def page_points(results: Path) -> dict[str, Any]:
     """Gives what a page shows of the rows in a folder, as JSON can hold it.
 
-    Every file `*.jsonl` is read. Of a cell that was measured more than once the last row counts.
+    Every file `*.jsonl` is read. Of a cell that was measured more than once the last row counts, by its time.
     """
-    cells: dict[str, tuple[Row, str]] = {}
-    for file in sorted(results.glob("*.jsonl")):
-        for number, row in enumerate(read_json_lines(file), 1):
-            if (testbed := kind_of(row)) is not None:
-                cells[_cell(row, testbed)] = row, f"{file.name}, line {number}"
+    rows = [
+        (row, f"{file.name}, line {number}")
+        for file in sorted(results.glob("*.jsonl"))
+        for number, row in enumerate(read_json_lines(file), 1)
+        if testbed_of(row)
+    ]
+    cells = {identity(row): (row, source) for row, source in sorted(rows, key=lambda each: each[0]["utc"])}
     times = measured_times(results)
-    points = [point(row, source, times) for row, source in cells.values()]
+    models = {(testbed_of(row), row["model"]) for row, _ in cells.values()}
+    several = {testbed: sum(testbed == own for own, _ in models) > 1 for testbed in TESTBEDS}
+    points = [point(row, source, times, several[testbed_of(row)]) for row, source in cells.values()]
     for number, each in enumerate(points):
         each["id"] = number
     return {
@@ -129,21 +106,16 @@ def read_json_lines(file: Path) -> list[Row]:
     return [json.loads(json.dumps(row), parse_constant=str) for row in read_rows(file)]
 
 
-def kind_of(row: Row) -> str | None:
-    """Gives a row's testbed; None: it is not one of accuracy. Rows of speech that do not name theirs name languages."""
-    testbed = row.get("testbed", SPEECH if "languages" in row else None)
-    return testbed if testbed in TESTBEDS else None
-
-
-def point(row: Row, source: str, times: dict[str, Any]) -> dict[str, Any]:
+def point(row: Row, source: str, times: dict[str, Any], several_models: bool = False) -> dict[str, Any]:
     """Gives one row as the page needs it.
 
     Args:
         row: of any status.
         source: file and line.
         times: what `measured_times` gave.
+        several_models: whether the name of its line tells the model.
     """
-    key = kind_of(row)
+    key = testbed_of(row)
     assert key is not None
     testbed, ok = TESTBEDS[key], row["status"] == "ok"
     parts = {ALL: row} | (row.get(testbed.parts) or {}) if ok else {}
@@ -151,9 +123,9 @@ def point(row: Row, source: str, times: dict[str, Any]) -> dict[str, Any]:
     kept = row.get("kept") or {}
     return {
         "testbed": key,
-        "setting": setting(row, testbed),
+        "setting": describe(row),
         "method": row["method"],
-        "series": series(row),
+        "series": label(row, several_models),
         "rate": _rate(row),
         "tokens_per_second": row.get("tokens_per_second"),
         "share": _share(row),
@@ -172,42 +144,11 @@ def traits(row: Row) -> dict[str, Any]:
     """Gives stage, and whether the method is trained and sees the question: as the row says, else as registered."""
     names = ("stage", "trained", "query_aware")
     if row["method"] in (TRANSFORMERS, NONE):
-        return dict(zip(names, ("none", False, False), strict=True)) | {n: row[n] for n in names if row.get(n)}
+        return dict(zip(names, ("none", bool(row.get("trained")), False), strict=True))
     if all(row.get(name) is not None for name in names):
         return {name: row[name] for name in names}
     made = _made(row["method"])
     return {name: row[name] if row.get(name) is not None else getattr(made, name) for name in names}
-
-
-def series(row: Row) -> str:
-    """Gives the name of a line: the method, and what was set otherwise than by default, but for its rate."""
-    changed = {"positions": row["positions"]} if row.get("positions", POSITIONS[0]) != POSITIONS[0] else {}
-    options = row.get("config") or row.get("options")
-    if options and row["method"] not in (TRANSFORMERS, NONE) and "+" not in row["method"]:
-        config = _made(row["method"]).config
-        usual = json.loads(json.dumps(dataclasses.asdict(config)))
-        fixed = {name: value for name, value in options.items() if name in usual and name not in config.rate_options}
-        changed |= {name: value for name, value in fixed.items() if value != usual[name]}
-    once = ["once for all rates"] * bool(row.get("elastic"))
-    return ", ".join([row["method"], *once, *(f"{name}={value}" for name, value in changed.items())])
-
-
-def setting(row: Row, testbed: Testbed) -> str:
-    """Says in words which model was measured on which clips."""
-    words = {
-        "joined": lambda joined: "dense clips" if joined else "single prompts",
-        "limit": lambda limit: f"{limit} clips" + " of each language" * ("languages" in row),
-        "weights": lambda digests: f"weights {_digest(digests)}",
-        "data": lambda data: f"clip set {_digest(data)}",
-        "num_frames": lambda frames: f"{frames} frames",
-        "steps": lambda steps: f"LLM trained for {steps} steps" if steps else "LLM as it is",
-    }
-    given = {name: row[name] for name in testbed.settings if row.get(name) is not None}
-    plain = " and ".join
-    return ", ".join(
-        words[name](value) if name in words else plain(value) if isinstance(value, list) else str(value)
-        for name, value in given.items()
-    )
 
 
 def command(row: Row) -> str:
@@ -216,7 +157,7 @@ def command(row: Row) -> str:
         return row["command"]
     if row.get("ablation"):
         return shlex.join(["python", "benchmarks/ablation.py", ABLATION, "--questions", next(iter(row["ablation"]))])
-    return shlex.join(["python", *(_speech(row) if kind_of(row) == SPEECH else _events(row))])
+    return shlex.join(["python", *(_speech(row) if testbed_of(row) == SPEECH else _events(row))])
 
 
 def _speech(row: Row) -> list[str]:
@@ -252,11 +193,6 @@ def _option(row: Row, name: str, option: str | None = None) -> list[str]:
     if value is None:
         return []
     return [f"--{(option or name).replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-
-
-def _digest(value: Any) -> str:
-    """Gives a few letters that tell one value from another."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def measured_times(results: Path) -> dict[str, Any]:
@@ -296,15 +232,15 @@ def _nearest(row: Row, kept: dict[str, float], times: Iterable[dict[str, Any]]) 
     return None if best is None else {name: value for name, value in best.items() if name != "method"}
 
 
-def _scores(part: Row, metrics: Sequence[Metric]) -> dict[str, list[float | None]]:
-    """Gives value, low and high end of each metric that is there and a number."""
-    scores = {}
-    for metric in metrics:
-        value, interval = part.get(metric.key), part.get(f"{metric.key}_interval") or (None, None)
-        if isinstance(value, int | float):
-            ends = [metric.scale * end if isinstance(end, int | float) else None for end in interval]
-            scores[metric.key] = [metric.scale * value, *ends]
-    return scores
+def _scores(part: Row, metrics: Iterable[str]) -> dict[str, list[float | None]]:
+    """Gives value, low and high end, in percent, of each metric that is there and a number."""
+
+    def percent(share: Any) -> float | None:
+        return 100 * share if isinstance(share, int | float) else None
+
+    values = {key: [part.get(key), *(part.get(f"{key}_interval") or (None, None))] for key in metrics}
+    scores = {key: [percent(share) for share in shares] for key, shares in values.items()}
+    return {key: score for key, score in scores.items() if score[0] is not None}
 
 
 def _rate(row: Row) -> float | None:
@@ -321,23 +257,16 @@ def _share(row: Row) -> float | None:
     return 100 * after / before if before else None
 
 
-def _cell(row: Row, testbed: str) -> str:
-    """Gives what tells a cell from others: what an ablation says it is, or its settings."""
-    names = ("method", "keep_ratio", "seed", "steps", "elastic", "train_batch", "train_rate", "recipe", "positions")
-    settings = {name: row.get(name) for name in (*names, *TESTBEDS[testbed].settings)}
-    return json.dumps(row.get("cell") or [testbed, settings], sort_keys=True)
-
-
 def _testbed(key: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Gives what the page says of a testbed, and the sets of clips, those with most points first."""
     testbed = TESTBEDS[key]
     settings = [p["setting"] for p in points]
-    found = [m for m in testbed.metrics if any(m.key in part for p in points for part in p["scores"].values())]
+    scored = {metric for p in points for part in p["scores"].values() for metric in part}
     return {
         "name": testbed.name,
         "part": testbed.part,
         "error": testbed.error,
-        "metrics": [dataclasses.asdict(metric) for metric in found],
+        "metrics": {metric: name for metric, name in testbed.metrics.items() if metric in scored},
         "settings": sorted(dict.fromkeys(settings), key=settings.count, reverse=True),
         "leaders": leaders(points, testbed),
     }
@@ -348,7 +277,7 @@ def leaders(points: Sequence[dict[str, Any]], testbed: Testbed) -> list[str]:
 
     At each rate of a set a line earns 1 / its rank. The baselines have looks of their own and do not count.
     """
-    key = testbed.metrics[0].key
+    key = next(iter(testbed.metrics))
     ranked: dict[tuple[str, Any], dict[str, float]] = {}
     for p in points:
         if p["method"] not in BASELINES and key in p["scores"].get(ALL, {}):
