@@ -155,7 +155,7 @@ function showPoints() {
   $("shown").textContent =
     `${all} of ${inSetting().length} rows are drawn, ${timed} of them have a measured time` +
     (failed ? `; ${failed} failed or ran out of memory and are in the table alone.` : ".");
-  $("timed").textContent = data.timed[time] ? `Timed on ${data.timed[time]}.` : "";
+  $("timed").textContent = data.timed[time] ? `Timed with ${data.timed[time]}.` : "";
   showRows(points);
 }
 

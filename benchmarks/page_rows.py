@@ -16,6 +16,7 @@ import torch
 from audiopress.benchmarks.accuracy_rows import SPEECH, TIME, Row, describe, identity, label, testbed_of
 from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
 from audiopress.benchmarks.speed_report import select
+from audiopress.benchmarks.speed_tables import by_setting
 from audiopress.compression import Compressor, build
 from audiopress.compression.base import TOKENS_PER_SECOND
 from audiopress.compression.registry import QWEN_7B
@@ -161,7 +162,7 @@ def command(row: Row) -> str:
 
 
 def _speech(row: Row) -> list[str]:
-    """Gives the words of a command, but for those that are the same by default in every version."""
+    """Gives the words of its command."""
     words = ["benchmarks/speech.py", *_option(row, "model")]
     if row["method"] not in BASELINES:  # those are in every run
         words += _option(row, "method", "methods")
@@ -176,6 +177,7 @@ def _speech(row: Row) -> list[str]:
 
 
 def _events(row: Row) -> list[str]:
+    """Gives the words of its command, for clips in the folder that README.md names."""
     words = ["benchmarks/events.py", "runs/timeline", *_option(row, "model")]
     if not row.get("weights"):  # a saved variant has its own method
         words += _option(row, "method", "methods")
@@ -196,20 +198,24 @@ def _option(row: Row, name: str, option: str | None = None) -> list[str]:
 
 
 def measured_times(results: Path) -> dict[str, Any]:
-    """Gives, for each of `TIMES` that was measured, the rows of its newest device and commit, and what they are of."""
+    """Gives, for each of `TIMES` that was measured, what it was measured on, and its rows.
+
+    They are of the newest device and commit, and of one clip: that of most cells, or the longest.
+    """
     found = {}
     for key, (_, benchmark, field) in TIMES.items():
-        rows = [row for row in select(read_json_lines(results / f"{benchmark}.jsonl"), benchmark) if field in row]
-        rows = [row for row in rows if row["status"] == "ok"]
-        longest = max((row.get("seconds") or row["clip_seconds"] for row in rows), default=0)
-        rows = [row for row in rows if (row.get("seconds") or row["clip_seconds"]) == longest]
-        if rows:
-            last = rows[-1]
-            about = f"{last['device']}, {longest:g} s of sound" + ", video beside it" * bool(last.get("video"))
-            found[key] = {
-                "about": f"{about}; commit {last['commit'][:7]}",
-                "rows": [_time(row, field) for row in rows],
-            }
+        rows = select(read_json_lines(results / f"{benchmark}.jsonl"), benchmark)
+        rows = [row for row in rows if row["status"] == "ok" and field in row]
+        if not rows:
+            continue
+        if benchmark == "throughput":
+            words, rows = next(iter(by_setting(rows).items()))
+        else:
+            longest = max(row["clip_seconds"] for row in rows)
+            rows = [row for row in rows if row["clip_seconds"] == longest]
+            words = f"the width of Qwen2.5-Omni-7B, {longest:g} s of sound"
+        about = f"{words}; {rows[-1]['device']}, commit {rows[-1]['commit'][:7]}"
+        found[key] = {"about": about, "rows": [_time(row, field) for row in rows]}
     return found
 
 
@@ -228,7 +234,7 @@ def _nearest(row: Row, kept: dict[str, float], times: Iterable[dict[str, Any]]) 
         return abs(math.log(time["kept"] / kept["audio"]))
 
     near = [time for time in times if time["method"] == row["method"] and distance(time) <= math.log(NEAR)]
-    best = min(near, key=distance, default=None)
+    best = min(near, key=lambda time: (distance(time), time["ms"]), default=None)
     return None if best is None else {name: value for name, value in best.items() if name != "method"}
 
 
