@@ -32,8 +32,6 @@ from audiopress.data.speech import speech_records
 from audiopress.models.packages import FetchError
 from audiopress.models.whisper import load_whisper
 
-log = logging.getLogger(__name__)
-
 Measure = Callable[[Cell], dict[str, Any]]
 
 
