@@ -31,13 +31,18 @@ function choices(select, pairs, wanted) {
   select.value = pairs.some(([value]) => value === wanted) ? wanted : (pairs[0]?.[0] ?? "");
 }
 
-function draw(id, spec, datasets, description) {
-  const place = $(id);
-  place.className = "chart";
-  return vegaEmbed(place, { ...spec, datasets, description }, { renderer: "svg", actions: false, config: LOOKS });
+const charts = {}; // what is drawn, by its place
+
+async function draw(id, spec, datasets, description) {
+  charts[id]?.finalize();
+  $(id).className = "chart";
+  const looks = { renderer: "svg", actions: false, config: LOOKS };
+  charts[id] = await vegaEmbed($(id), { ...spec, datasets, description }, looks);
+  return charts[id].view;
 }
 
 function empty(id, words) {
+  charts[id]?.finalize();
   $(id).replaceChildren(element("span", words));
   $(id).className = "chart empty";
 }
@@ -146,7 +151,7 @@ function showPoints() {
       continue;
     }
     const about = `${metric()} of ${values.length} points; the table below holds the same rows`;
-    draw(id, data.charts[testbed][cost], { points: values }, about).then(({ view }) =>
+    draw(id, data.charts[testbed][cost], { points: values }, about).then((view) =>
       view.addEventListener("click", (_, item) => item?.datum?.id != null && open(item.datum.id)),
     );
   }
@@ -297,7 +302,7 @@ function showHeard() {
   const height = top(heard.length - 1) + BOX_HEIGHT;
   const sound = [{ picture: url, start, end, top: 0, bottom: SOUND_HEIGHT, foot: height }];
   const spec = { ...data.charts.clips, height };
-  draw("chart-tokens", spec, { sound, strips, tokens }, "Spectrogram, and each method's tokens").then(({ view }) => {
+  draw("chart-tokens", spec, { sound, strips, tokens }, "Spectrogram, and each method's tokens").then((view) => {
     player = view;
     follow();
     view.addEventListener("click", (event) => {

@@ -1,6 +1,6 @@
 """Writes down what Whisper hears in a few test clips under many methods, for the page of `report.py --html`.
 
-python benchmarks/page_clips.py                                        # ten minutes on a CPU
+python benchmarks/page_clips.py                                        # 46 minutes on one core of a CPU
 python benchmarks/page_clips.py --methods ward pooling --rates 6.25    # of some methods at one rate
 
 The clips are the first of those that `speech.py --joined` measures, in the order that it drew. One JSON line per method
