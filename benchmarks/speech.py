@@ -1,11 +1,16 @@
 """Measures what compression leaves of the words: Whisper's own decoder transcribes from the tokens of each method.
 
-python benchmarks/speech.py --methods ward --limit 40               # one method beside the controls, on a CPU
-python benchmarks/speech.py --joined --methods ward atome           # prompts joined to dense clips of up to 28.5 s
-python benchmarks/speech.py --joined --languages en es fr it ru     # all methods that need no training: for a GPU
+python benchmarks/speech.py                                            # everything: for a GPU
+python benchmarks/speech.py --methods ward --languages en --limit 5    # one method beside the controls, on a CPU
+python benchmarks/speech.py --methods ward-refined --languages en --limit 5 --train-steps 20 --train-batch 4
 
-Held-out recorded prompts, frozen Whisper, greedy decoding; see `models/whisper.py` for who sees what. One JSON line
-per cell is added to --output; a cell that is there already, of the same commit and settings, is not run again.
+Frozen Whisper, greedy decoding; see `models/whisper.py` for who sees what. Recorded prompts of the test and validation
+splits, more than 500, singly and joined to dense clips of up to 28.5 s; nothing is tuned on either split. Methods with
+weights are trained on the train split (see `speech_training.py`), for every rate, and "elastic", once for all rates.
+
+One JSON line per cell is added to --output. A cell that is there already, of the same commit and settings, is not run
+again, and the most telling cells come first: the run can be stopped at any moment. Several processes share one GPU by
+--shard 1/3, 2/3, 3/3, each with an --output of its own.
 """
 
 from __future__ import annotations
@@ -18,59 +23,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, Cell, Parser, check, make_cells, run_cells
+from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, Cell, Parser, check_device, run_cells
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.metrics import ErrorRate, bootstrap_interval, cer, wer
+from audiopress.benchmarks.speech_cells import SECONDS, methods_for, speech_cells
+from audiopress.benchmarks.speech_clips import Clip, batches, make_clips, read_all
+from audiopress.benchmarks.speech_training import Settings, SpeechTraining, Trained
 from audiopress.benchmarks.speed_tables import markdown
-from audiopress.compression import Compressor, TokenStream, available
+from audiopress.benchmarks.spelling import number_words, spelled
+from audiopress.compression import Compressor
 from audiopress.compression.base import TOKENS_PER_SECOND
-from audiopress.data.media import read_audio
-from audiopress.data.records import Record
+from audiopress.compression.budget import check_keep_ratio
 from audiopress.data.speech import LANGUAGES, speech_records
 from audiopress.models.packages import FetchError
-from audiopress.models.whisper import WHISPER_BASE, CompressedWhisper, Heard, Transcript, load_whisper
+from audiopress.models.spoken import Heard, Spoken, cat
+from audiopress.models.whisper import WHISPER_BASE, CompressedWhisper, Transcript, load_whisper
 
 log = logging.getLogger(__name__)
 
 RATES = (12.5, 25 / 3, 6.25, 5.0, 3.125)  # tokens per second; at 25, methods without training are `none`
-SECONDS = {False: 30.0, True: 28.5}  # the longest clip, single or joined: Whisper's window, and nearly that
-SEED = 0  # of the order in which prompts are joined, or taken where they are limited
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One or several prompts of a language, one after another.
-
-    Args:
-        language: of all of them.
-        prompts: in their order.
-    """
-
-    language: str
-    prompts: tuple[Record, ...]
-
-    @property
-    def text(self) -> str:
-        """What is said."""
-        return " ".join(prompt.reference for prompt in self.prompts)
-
-    @property
-    def seconds(self) -> float:
-        """How long it is."""
-        return sum(prompt.duration or 0.0 for prompt in self.prompts)
-
-    def sound(self) -> np.ndarray:
-        """Gives the samples at 16 kHz."""
-        return np.concatenate([read_audio(prompt.audio) for prompt in self.prompts])
+SEEDS = (0, 1, 2)  # of training
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of one language, and what Whisper reads of them."""
+    """Clips of nearly one length, and what Whisper reads of them."""
 
     clips: tuple[Clip, ...]
     features: torch.Tensor
@@ -83,55 +62,99 @@ class SpeechTestbed:
     Args:
         whisper: frozen.
         clips: any number, of any languages.
-        batch: clips at once.
+        batch: clips that the encoder takes at once.
     """
 
     def __init__(self, whisper: CompressedWhisper, clips: Sequence[Clip], batch: int) -> None:
         self.whisper = whisper
-        self.batches = [
-            Batch(part, *whisper.features([clip.sound() for clip in part]))
-            for language in dict.fromkeys(clip.language for clip in clips)
-            for part in _parts([clip for clip in clips if clip.language == language], batch)
-        ]
+        read_all(clips)
+        self.batches = [Batch(part, *whisper.features([c.sound() for c in part])) for part in batches(clips, batch)]
+        self.clips = [clip for part in self.batches for clip in part.clips]
+        self.tokens = sum(sum(part.tokens) for part in self.batches)
         self.hidden: dict[int, list[torch.Tensor]] = {}  # by the layer that reads them; 3 MB a clip of Whisper-base
+        self.spoken: Spoken | None = None  # for all methods after the encoder
+        # The weights were published in 16 bits; on a GPU the decoder counts in as many.
+        self.dtype = torch.float16 if whisper.model.device.type == "cuda" else torch.float32
 
-    def __call__(self, cell: Cell) -> dict[str, Any]:
-        """Transcribes all clips and counts the errors."""
-        compressor = None
-        if cell["method"] not in (TRANSFORMERS, NONE):
-            options = {} if cell["keep_ratio"] is None else {"keep_ratio": cell["keep_ratio"]}
+    def __call__(self, cell: Cell, trained: Trained | None = None) -> dict[str, Any]:
+        """Transcribes all clips and counts the errors.
+
+        Args:
+            cell: `method`, and `keep_ratio`, of which None is the method's own; `options` where it has others;
+                `elastic` where it was trained.
+            trained: for this ratio, or, elastic, for several; None builds the method.
+        """
+        compressor, ratio = None, cell["keep_ratio"]
+        if trained is not None:
+            compressor = trained.compressor.at(ratio) if cell["elastic"] else trained.compressor
+        elif cell["method"] not in (TRANSFORMERS, NONE):
+            options = cell.get("options", {}) | ({} if ratio is None else {"keep_ratio": ratio})
             compressor = self.whisper.build(cell["method"], **options)
-        written: list[Transcript] = []
-        kept = 0
-        for i, batch in enumerate(self.batches):
-            heard = self._as_is(batch) if cell["method"] == TRANSFORMERS else self._hear(i, compressor)
-            written += self.whisper.transcribe(heard, batch.clips[0].language)
-            kept += sum(heard.kept)
-        tokens = sum(sum(batch.tokens) for batch in self.batches)
-        clips = [clip for batch in self.batches for clip in batch.clips]
+        heard = self._as_it_comes() if cell["method"] == TRANSFORMERS else self.hear(compressor)
+        written = self.whisper.transcribe(heard, [clip.language for clip in self.clips], self.dtype)
+        kept = sum(heard.kept)
         return {
-            **scores(clips, written),
-            "audio_seconds": sum(clip.seconds for clip in clips),
-            "tokens": {"audio": [tokens, kept]},
-            "kept": {"audio": kept / tokens},
-            "tokens_per_second": TOKENS_PER_SECOND * kept / tokens,
+            **scores(self.clips, written),
+            "audio_seconds": sum(clip.seconds for clip in self.clips),
+            "tokens": {"audio": [self.tokens, kept]},
+            "kept": {"audio": kept / self.tokens},
+            "tokens_per_second": TOKENS_PER_SECOND * kept / self.tokens,
+            "decoding": str(self.dtype).removeprefix("torch."),
             "options": None if compressor is None else dataclasses.asdict(compressor.config),
+            "stage": None if compressor is None else compressor.stage,
+            "query_aware": compressor is not None and compressor.query_aware,
+            "trained": trained is not None,
+            **({} if trained is None else trained.row()),
         }
 
-    def _hear(self, i: int, compressor: Compressor | None) -> Heard:
-        """Runs the encoder from the first layer on that the compressor reads or acts in; those before it run once."""
-        batch, first = self.batches[i], self.whisper.first_layer(compressor)
-        states = self.hidden.setdefault(first, [])
-        if len(states) == i:
-            states.append(self.whisper.hidden(batch.features, compressor))
-        return self.whisper.hear(batch.features, batch.tokens, compressor, states[i])
-
     @torch.no_grad()
-    def _as_is(self, batch: Batch) -> Heard:
-        """Gives the encoder's states as transformers has them: all 30 s, 50 per second."""
-        states = self.whisper.model.model.encoder(batch.features).last_hidden_state
-        stream = TokenStream(states.flatten(0, 1), (states.shape[1],) * len(states))
-        return Heard(stream, tuple(2 * n for n in batch.tokens))
+    def hear(self, compressor: Compressor | None) -> Heard:
+        """Runs a compressor over all clips, and the encoder, which for methods that act after it runs once for all."""
+        if compressor is not None and compressor.split()[0] is not None:
+            return self.whisper.compress(self._encode(compressor), compressor)
+        self.spoken = self.spoken or self._encode(None)
+        return self.whisper.compress(self.spoken, compressor)
+
+    def _encode(self, compressor: Compressor | None) -> Spoken:
+        """Runs the encoder from the first layer on that the compressor reads or acts in; those before it run once."""
+        states = self.hidden.setdefault(self.whisper.first_layer(compressor), [])
+        if not states:
+            states += [self.whisper.hidden(part.features, compressor) for part in self.batches]
+        pairs = zip(self.batches, states, strict=True)
+        return Spoken.cat([self.whisper.encode(x.features, x.tokens, compressor, hidden) for x, hidden in pairs])
+
+    def _as_it_comes(self) -> Heard:
+        heard = [self.whisper.hear_as_it_comes(part.features, part.tokens) for part in self.batches]
+        return Heard(cat([part.stream for part in heard]), tuple(n for part in heard for n in part.kept))
+
+
+class Measuring:
+    """Measures the cells of a grid: trains what is to be trained, and keeps it for the next cells of its group.
+
+    Args:
+        testbeds: by whether their clips are joined.
+        training: of methods with weights.
+        ratios: by method, those of elastic training.
+    """
+
+    def __init__(
+        self, testbeds: dict[bool, SpeechTestbed], training: SpeechTraining, elastic: dict[str, list[float | None]]
+    ) -> None:
+        self.testbeds, self.training, self.elastic = testbeds, training, elastic
+        self.last: tuple[Any, Trained] | None = None
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        """Measures one."""
+        return self.testbeds[cell["joined"]](cell, self.trained(cell) if cell["steps"] else None)
+
+    def trained(self, cell: Cell) -> Trained:
+        """Gives the method of a cell, trained as it says."""
+        ratios = self.elastic[cell["method"]] if cell["elastic"] else [cell["keep_ratio"]]
+        what = (cell["method"], ratios, cell["steps"], cell["seed"])
+        if self.last is None or self.last[0] != what:
+            self.last = None  # so that its memory can be used again
+            self.last = what, self.training(*what)
+        return self.last[1]
 
 
 def scores(clips: Sequence[Clip], written: Sequence[Transcript]) -> dict[str, Any]:
@@ -167,58 +190,7 @@ def _interval(rate: ErrorRate) -> tuple[float, float] | None:
 
 
 def _normal(texts: Sequence[str], clips: Sequence[Clip]) -> list[str]:
-    """Spells English, numbers above all, as Whisper's authors do to count errors; for other languages they do not."""
-    english = EnglishTextNormalizer({})
-    return [str(english(text)) if clip.language == "en" else text for text, clip in zip(texts, clips, strict=True)]
-
-
-def make_clips(records: Sequence[Record], language: str, seconds: float, joined: bool, limit: int | None) -> list[Clip]:
-    """Gives clips of at most so many seconds: every prompt by itself, or joined.
-
-    Prompts are taken in an order drawn once. Joined, each goes to the end of the first clip that has room for it.
-
-    Args:
-        records: all of one language, each with its duration.
-        language: of theirs.
-        seconds: of the longest clip; longer prompts are left out, which is logged.
-        joined: whether prompts are joined.
-        limit: at most so many clips.
-    """
-    fitting = [record for record in records if (record.duration or 0) <= seconds]
-    if left := len(records) - len(fitting):
-        log.warning("%d of %d prompts in %r are left out: longer than %g s", left, len(records), language, seconds)
-    clips: list[list[Record]] = []
-    room: list[float] = []
-    for record in (fitting[i] for i in np.random.default_rng(SEED).permutation(len(fitting))):
-        length = record.duration or 0.0
-        place = next((i for i, free in enumerate(room) if joined and length <= free), len(clips))
-        if place == len(clips):
-            clips.append([])
-            room.append(seconds)
-        clips[place].append(record)
-        room[place] -= length
-    return [Clip(language, tuple(prompts)) for prompts in clips[:limit]]
-
-
-def _parts(clips: Sequence[Clip], size: int) -> list[tuple[Clip, ...]]:
-    """Gives the clips in batches of nearly the same length."""
-    ordered = sorted(clips, key=lambda clip: clip.seconds)
-    return [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
-
-
-def training_free(whisper: CompressedWhisper) -> list[str]:
-    """Gives every method and preset that Whisper can be given and that need not be trained."""
-    names = [
-        name for family, info in available().items() for name in (family, *(f"{family}:{p}" for p in info.presets))
-    ]
-    found = []
-    for name in names:
-        try:
-            if name != NONE and not whisper.build(name).trained:
-                found.append(name)
-        except ValueError as error:
-            log.info("%s is not measured: %s", name, error)
-    return found
+    return [spelled(text, clip.language) for text, clip in zip(texts, clips, strict=True)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -228,7 +200,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if row["status"] != "ok":
-            lines.append([f"`{row['method']}`", "", row["message"]])
+            lines.append([_name(row), "", row["message"]])
             continue
         more = ""
         if base is not None and row is not base:
@@ -237,7 +209,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             more = f"{100 * (row['wer'] - base['wer']):+.1f} {_percent(interval)}"
         lines.append(
             [
-                f"`{row['method']}`",
+                _name(row),
                 f"{row['tokens_per_second']:.3g}",
                 f"{100 * row['wer']:.1f} {_percent(row['wer_interval'])}",
                 more,
@@ -248,6 +220,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(head, lines)
 
 
+def _name(row: dict[str, Any]) -> str:
+    trained = f", {'elastic' if row['elastic'] else 'trained'}, seed {row['seed']}" if row["steps"] else ""
+    return f"`{row['method']}`{trained}"
+
+
 def _percent(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"[{', '.join(f'{100 * x:.1f}' for x in interval)}]"
 
@@ -256,52 +233,88 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     """Reads the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=WHISPER_BASE, help=f"{WHISPER_BASE}, or a checkpoint of another Whisper")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that need no training")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="beside the controls; default: all")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tokens per second, of 25")
-    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=["en"])
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=list(LANGUAGES))
     parser.add_argument(
         "--splits",
         nargs="+",
         choices=("train", "validation", "test"),
-        default=["test"],
-        help="of the prompts; tune on any but test",
+        default=["test", "validation"],
+        help="of the prompts that are measured; tune on train alone",
     )
-    parser.add_argument("--joined", action="store_true", help="prompts joined to dense clips")
-    parser.add_argument("--limit", type=int, help="clips of each language")
-    parser.add_argument("--batch", type=int, nargs=1, default=[8], help="clips at once")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--joined", action="store_true", help="only prompts joined to dense clips")
+    kinds.add_argument("--single", action="store_true", help="only single prompts")
+    parser.add_argument("--limit", type=int, help="clips of each language, in training of each join")
+    parser.add_argument("--train-steps", type=int, default=400, help="0 leaves out methods that must be trained")
+    parser.add_argument("--train-batch", type=int, default=32, help="clips per step")
+    parser.add_argument("--train-rate", type=float, default=1e-3, help="of learning")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of training")
+    parser.add_argument("--batch", type=int, default=32, help="clips that the encoder takes at once")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="of N parts of the cells, the I-th")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
     parser.add_argument("--output", type=Path, default=Path("runs/speech.jsonl"))
-    args = parser.parse_args()
-    args.keep_ratios = [rate / TOKENS_PER_SECOND for rate in args.rates]
-    args.seconds, args.repeats, args.no_video = [SECONDS[args.joined]], 1, True
-    return parser, args
+    return parser, parser.parse_args()
 
 
 def main() -> None:
-    """Runs the cells and prints their table."""
+    """Runs the cells and prints their tables."""
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("audiopress.benchmarks").setLevel(logging.INFO)
     parser, args = parse()
     try:
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(f"--limit must be 1 or more, got {args.limit}")
-        device = check(args)
+        device = check_device(args.device)
+        part, parts = _shard(args.shard)
+        for name, least in (("limit", 1), ("train_steps", 0), ("train_batch", 1), ("batch", 1)):
+            if (value := getattr(args, name)) is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+        keep_ratios = [rate / TOKENS_PER_SECOND for rate in args.rates]
+        for keep_ratio in keep_ratios:
+            check_keep_ratio(keep_ratio)
+        for language in {*args.languages} - {"en"}:
+            number_words("1", language)  # where the package for it is missing, that is told now
         whisper = load_whisper(args.model).to(device)
-        methods = args.methods or training_free(whisper)
-        for name in methods:
-            if name not in BASELINES and whisper.build(name).trained:
-                raise ValueError(f"{name} must be trained first, which this benchmark does not do")
-        args.compressors = [*BASELINES, *methods]
-        settings = {name: getattr(args, name) for name in ("languages", "splits", "joined", "limit")}
-        cells = make_cells(args, **settings)
-        clips = []
-        for language in args.languages:
-            records = [r for split in args.splits for r in speech_records(split, [language])]
-            clips += make_clips(records, language, args.seconds[0], args.joined, args.limit)
-        testbed = SpeechTestbed(whisper, clips, args.batch[0])
-    except (ValueError, OSError, FetchError) as error:
+        kinds = [True] if args.joined else [False] if args.single else [True, False]
+        settings = Settings(tuple(args.languages), SECONDS[True], args.limit, args.train_batch, args.train_rate)
+        groups = speech_cells(
+            whisper,
+            [*BASELINES, *(args.methods or methods_for(whisper))],
+            keep_ratios,
+            kinds,
+            {"steps": args.train_steps, "train_batch": args.train_batch, "train_rate": args.train_rate},
+            args.seeds,
+            **{name: getattr(args, name) for name in ("model", "languages", "splits", "limit")},
+        )
+        testbeds = {}
+        for joined in kinds:
+            clips = []
+            for language in args.languages:
+                records = [r for split in args.splits for r in speech_records(split, [language])]
+                clips += make_clips(records, language, SECONDS[joined], joined, args.limit)
+            testbeds[joined] = SpeechTestbed(whisper, clips, args.batch)
+    except (ValueError, ImportError, OSError, FetchError) as error:
         parser.error(str(error))
-    print(table(run_cells(cells, testbed, environment(device, args.commit), args.output)))
+    elastic = {
+        group[0]["method"]: list(dict.fromkeys(cell["keep_ratio"] for cell in group))
+        for group in groups
+        if group[0]["elastic"]
+    }
+    cells = [cell for group in groups[part::parts] for cell in group]
+    measuring = Measuring(testbeds, SpeechTraining(whisper, settings), elastic)
+    rows = run_cells(cells, measuring, environment(device, args.commit), args.output)
+    for joined in kinds:
+        print(f"\n{'joined' if joined else 'single'} clips\n")
+        print(table([row for row in rows if row["joined"] == joined]))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Reads "2/3" as (1, 3)."""
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise ValueError(f"--shard must be I/N with I from 1 to N, got {text!r}")
+    return int(first) - 1, int(count)
 
 
 if __name__ == "__main__":

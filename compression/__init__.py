@@ -22,6 +22,7 @@ from . import sa_map as sa_map
 from . import speechprune as speechprune
 from . import stacking as stacking
 from . import ward as ward
+from . import ward_refined as ward_refined
 from .base import Compressor, Context
 from .budget import token_budget
 from .chain import Chain

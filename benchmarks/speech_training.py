@@ -1,0 +1,201 @@
+"""Trains compressors in front of a frozen Whisper: the same clips, steps and losses for every method.
+
+The train split's prompts are joined anew several times, to dense clips and to shorter ones. The encoder runs over all
+of them once, and so does the teacher: Whisper as it comes, which reads all 50 states per second. A student, the same
+decoder behind a compressor, learns the prompts' texts by cross-entropy, and what the teacher would say at each place.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import get_cosine_schedule_with_warmup
+
+from audiopress.benchmarks.speech_clips import Clip, batches, make_clips, read_all
+from audiopress.compression import Compressor
+from audiopress.data.speech import speech_records
+from audiopress.kernels.packed import upload
+from audiopress.models.spoken import Spoken
+from audiopress.models.whisper import PROMPT_LENGTH, CompressedWhisper
+
+log = logging.getLogger(__name__)
+
+JOINS = (1.0, 1.0, 1.0, 0.5, 0.25)  # the train split is joined once for each, to this share of the longest; a guess
+DISTILLATION = 0.8  # beside cross-entropy's 1: Distil-Whisper, arXiv 2311.00430
+WARM_UP = 0.1  # of the steps; this, the decay and the norm are guesses, the usual ones
+WEIGHT_DECAY = 0.01
+GRADIENT_NORM = 1.0
+ENCODED_AT_ONCE = 32  # clips, of the 43 that the encoder takes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all methods share.
+
+    Args:
+        languages: of the prompts.
+        seconds: of the longest clip.
+        limit: at most so many clips of each language and join.
+        batch: clips per step.
+        rate: of learning, after the warm-up.
+    """
+
+    languages: tuple[str, ...]
+    seconds: float
+    limit: int | None = None
+    batch: int = 32
+    rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A clip to learn.
+
+    Args:
+        spoken: what the encoder says of it.
+        ids: `[T]` int64 on the CPU, the prompt, the text and the end.
+        teacher: `[T - 1, D]`, the decoder's states after all but the last of `ids`.
+    """
+
+    spoken: Spoken
+    ids: Tensor
+    teacher: Tensor
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A compressor that was trained, and how it went: losses are means over the last tenth of the steps."""
+
+    compressor: Compressor
+    seconds: float
+    cross_entropy: float
+    distillation: float
+
+    def row(self) -> dict[str, Any]:
+        """Gives what a result's row says of it."""
+        losses = {"cross_entropy": self.cross_entropy, "distillation": self.distillation}
+        return {"training_seconds": self.seconds, "training_losses": losses}
+
+
+class SpeechTraining:
+    """Trains compressors for one Whisper; the clips are encoded when the first is asked for.
+
+    Args:
+        whisper: frozen.
+        settings: for all methods.
+    """
+
+    def __init__(self, whisper: CompressedWhisper, settings: Settings) -> None:
+        self.whisper = whisper
+        self.settings = settings
+        self.lessons: list[Lesson] = []
+
+    def __call__(self, method: str, ratios: Sequence[float | None], steps: int, seed: int) -> Trained:
+        """Trains one.
+
+        Args:
+            method: its name.
+            ratios: one keep ratio, or several of which every step draws one; None is the method's own.
+            steps: of training.
+            seed: of its weights, of dropout, and of what each step draws.
+
+        Raises:
+            ValueError: it acts inside the encoder, or its loss became infinite.
+        """
+        self.lessons = self.lessons or self._encode()
+        device = self.whisper.model.device
+        torch.manual_seed(seed)
+        options = {} if ratios[0] is None else {"keep_ratio": ratios[0]}
+        compressor = self.whisper.build(method, **options).train()
+        if compressor.split()[0] is not None:
+            raise ValueError(f"{method} acts inside the encoder, whose states are computed once before training")
+        variants = [compressor, *(compressor.at(ratio) for ratio in ratios[1:] if ratio is not None)]
+        learned = [p for name, p in compressor.named_parameters() if name not in compressor.frozen]
+        optimizer = torch.optim.AdamW(
+            learned, self.settings.rate, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
+        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+        draw = torch.Generator().manual_seed(seed)
+        losses, started = [], time.perf_counter()
+        for _ in range(steps):
+            picked = torch.randperm(len(self.lessons), generator=draw)[: self.settings.batch].tolist()
+            variant = variants[int(torch.randint(len(variants), (), generator=draw))]
+            with self._autocast():
+                cross_entropy, distillation, others = self._losses([self.lessons[i] for i in picked], variant)
+                loss = cross_entropy + DISTILLATION * distillation + others
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned, GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            losses.append(torch.stack([cross_entropy, distillation]).detach())
+        last = torch.stack(losses[-max(1, steps // 10) :]).mean(dim=0)
+        if not last.isfinite().all():
+            raise ValueError(f"the loss of {method} became infinite")
+        return Trained(compressor.eval(), time.perf_counter() - started, *last.tolist())
+
+    def _losses(self, lessons: Sequence[Lesson], compressor: Compressor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gives cross-entropy and distillation per token of the texts, and what the method adds itself."""
+        whisper, device = self.whisper, self.whisper.model.device
+        spoken = Spoken.cat([lesson.spoken for lesson in lessons])
+        heard = whisper.compress(spoken, compressor)
+        ids = torch.nn.utils.rnn.pad_sequence([lesson.ids for lesson in lessons], batch_first=True)  # [B, T]
+        prompt = PROMPT_LENGTH
+        # Only what follows the prompt is learned; padding takes no part.
+        places = torch.cat(
+            [i * (ids.shape[1] - 1) + torch.arange(prompt - 1, len(x.ids) - 1) for i, x in enumerate(lessons)]
+        )
+        wanted = upload(torch.cat([lesson.ids[prompt:] for lesson in lessons]), device)
+        states = whisper.follow(heard, upload(ids[:, :-1], device)).flatten(0, 1)
+        states = states.index_select(0, upload(places, device))
+        said = functional.log_softmax(whisper.model.proj_out(states).float(), dim=1)  # [R, V]
+        with torch.no_grad():
+            teacher = torch.cat([lesson.teacher[prompt - 1 :] for lesson in lessons])
+            meant = functional.log_softmax(whisper.model.proj_out(teacher).float(), dim=1)
+        return (
+            functional.nll_loss(said, wanted),
+            functional.kl_div(said, meant, reduction="batchmean", log_target=True),
+            sum(heard.stream.losses.values(), torch.zeros((), device=device)),
+        )
+
+    @torch.no_grad()
+    def _encode(self) -> list[Lesson]:
+        """Joins the prompts and runs encoder and teacher over all clips."""
+        started, settings, clips = time.perf_counter(), self.settings, []
+        for language in settings.languages:
+            records = speech_records("train", [language])
+            clips += [
+                clip
+                for seed, share in enumerate(JOINS)
+                for clip in make_clips(records, language, share * settings.seconds, True, settings.limit, seed + 1)
+            ]
+        read_all(clips)
+        lessons = [lesson for part in batches(clips, ENCODED_AT_ONCE) for lesson in self._teach(part)]
+        log.info("%d clips to train on, encoded in %.0f s", len(lessons), time.perf_counter() - started)
+        return lessons
+
+    def _teach(self, clips: Sequence[Clip]) -> list[Lesson]:
+        """Runs encoder and teacher over some clips."""
+        whisper = self.whisper
+        features, tokens = whisper.features([clip.sound() for clip in clips])
+        ids = whisper.texts([clip.text for clip in clips], [clip.language for clip in clips])
+        with self._autocast():
+            spoken = whisper.encode(features, tokens)
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, :-1]
+            states = whisper.follow(whisper.hear_as_it_comes(features, tokens), upload(padded, features.device))
+        dtype = torch.bfloat16 if features.is_cuda else torch.float32
+        return [
+            Lesson(own.to(dtype), x, state[: len(x) - 1].to(dtype))
+            for own, x, state in zip(spoken.split(), ids, states, strict=True)
+        ]
+
+    def _autocast(self) -> Any:
+        device = self.whisper.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
