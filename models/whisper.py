@@ -125,7 +125,11 @@ class CompressedWhisper:
                 rate = self.extractor.sampling_rate
                 raise ValueError(f"clip {i} has {len(sound) / rate:.1f} s; Whisper hears {longest / rate:g} s")
         made = self.extractor(
-            list(sounds), sampling_rate=self.extractor.sampling_rate, return_attention_mask=True, return_tensors="pt"
+            list(sounds),
+            sampling_rate=self.extractor.sampling_rate,
+            return_attention_mask=True,
+            return_tensors="pt",
+            device=self.model.device.type,
         )
         tokens = audio_lengths(made["attention_mask"].sum(dim=1))
         if 0 in tokens:

@@ -118,7 +118,7 @@ class GreedyDecoder:
         logits = functional.linear(decoder.layer_norm(x), self.out) + self.never[(place >= start).long()]
         following = place + 1
         given = buffers.written.index_select(1, following)[:, 0]
-        chosen = logits.argmax(dim=1).where(~buffers.done, self.eos).where(following >= start, given)
+        chosen = torch.where(following >= start, logits.argmax(dim=1).masked_fill(buffers.done, self.eos), given)
         buffers.written.index_copy_(1, following, chosen[:, None])
         buffers.done |= (chosen == self.eos) & (following >= start)
         place.add_(1)
