@@ -1,9 +1,9 @@
 """Writes down what Whisper hears in a few test clips under many methods, for the page of `report.py --html`.
 
-python benchmarks/page_clips.py                                        # 46 minutes on one core of a CPU
+python benchmarks/page_clips.py                                        # under an hour on one core of a CPU
 python benchmarks/page_clips.py --methods ward pooling --rates 6.25    # of some methods at one rate
 
-The clips are the first of those that `speech.py --joined` measures, in the order that it drew. One JSON line per method
+The clips are the first of those that `speech.py --joined --splits test` measures, in its order. One JSON line per method
 and rate holds each clip's transcript and tokens, and no sound: that comes from the user's cache when the page is made.
 """
 
@@ -21,11 +21,14 @@ from audiopress.benchmarks.cells import NONE, Cell, Parser, check, make_cells, r
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.metrics import wer
 from audiopress.benchmarks.page_sound import CLIPS, SPLIT
-from audiopress.benchmarks.speech import SECONDS, Clip, _normal, make_clips
+from audiopress.benchmarks.speech_cells import SECONDS
+from audiopress.benchmarks.speech_clips import Clip, make_clips
+from audiopress.benchmarks.spelling import number_words, spelled
 from audiopress.compression.base import TOKENS_PER_SECOND
 from audiopress.data.speech import LANGUAGES, normalise, speech_records
 from audiopress.models.packages import FetchError
-from audiopress.models.whisper import WHISPER_BASE, CompressedWhisper, cut, load_whisper
+from audiopress.models.spoken import cut
+from audiopress.models.whisper import WHISPER_BASE, CompressedWhisper, load_whisper
 
 METHODS = (
     NONE,
@@ -72,7 +75,7 @@ class Listener:
             written = self.whisper.transcribe(heard, clips[0].language)
             speech, _, _ = cut(heard.stream, heard.kept)
             for clip, before, stream, transcript in zip(clips, tokens, speech.split(), written, strict=True):
-                said, counted = (normalise(text) for text in _normal([clip.text, transcript.text], [clip, clip]))
+                said, counted = (normalise(spelled(text, clip.language)) for text in (clip.text, transcript.text))
                 found.append(
                     {
                         "language": clip.language,
@@ -114,6 +117,8 @@ def main() -> None:
     parser, args = parse()
     try:
         device = check(args)
+        for language in {*args.languages} - {"en"}:
+            number_words("1", language)  # where the package for it is missing, that is told now
         whisper = load_whisper(args.model).to(device)
         for name in args.methods:
             if name != NONE and whisper.build(name).trained:
@@ -123,7 +128,7 @@ def main() -> None:
         for language in args.languages:
             clips += make_clips(speech_records(SPLIT, [language]), language, args.seconds[0], True, args.clips)
         listener = Listener(whisper, clips)
-    except (ValueError, OSError, FetchError) as error:
+    except (ValueError, ImportError, OSError, FetchError) as error:
         parser.error(str(error))
     for row in run_cells(cells, listener, environment(device, args.commit), args.output):
         if row["status"] != "ok":
