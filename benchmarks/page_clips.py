@@ -3,8 +3,9 @@
 python benchmarks/page_clips.py                                        # under an hour on one core of a CPU
 python benchmarks/page_clips.py --methods ward pooling --rates 6.25    # of some methods at one rate
 
-The clips are the first of those that `speech.py --joined --splits test` measures, in its order. One JSON line per method
-and rate holds each clip's transcript and tokens, and no sound: that comes from the user's cache when the page is made.
+The clips are the first of those that `speech.py --joined --splits test` measures, in its order. One JSON line per
+method and rate holds each clip's transcript and tokens, and no sound: that comes from the user's cache when the page is
+made.
 """
 
 from __future__ import annotations
