@@ -73,12 +73,18 @@ def accuracy_chart(error: bool, x: alt.Scale, ticks: Sequence[float] | None, hig
     )
     steps = front.mark_line(interpolate="step-after", stroke=INK, strokeWidth=1.25, strokeDash=[2, 3])
     steps = steps.encode(at_x, at_y, order="x:Q")
-    named = front.transform_window(before="lag(series)", sort=_by("x")).transform_filter("datum.series != datum.before")
-    names = [  # of those with a colour; the uncompressed one stands at the right edge
-        named.transform_filter(where)
-        .mark_text(fill=INK, fontSize=12, fontWeight=600, align=align, dx=dx, dy=12 if error else -12)
+    changes = front.transform_window(before="lag(series)", sort=_by("x"))
+    changes = changes.transform_filter("datum.series != datum.before")
+    changes = changes.transform_window(place="row_number()", sort=_by("x"))
+    names = [  # of those with a colour, every second one farther off; the uncompressed one stands at the right edge
+        changes.transform_filter(where)
+        .mark_text(fill=INK, fontSize=12, fontWeight=600, align=align, dx=5, dy=dy if error else -dy)
         .encode(at_x, at_y, text="series:N", opacity=faint(1))
-        for where, align, dx in (("datum.lead", "left", 5), ("datum.stage == 'none'", "right", 5))
+        for where, align, dy in (
+            ("datum.lead && datum.place % 2", "left", 12),
+            ("datum.lead && datum.place % 2 == 0", "left", 26),
+            ("datum.stage == 'none'", "right", 12),
+        )
     ]
     shape = alt.Shape("stage:N", scale=alt.Scale(domain=list(STAGES), range=list(STAGES.values())), legend=None)
     filled = alt.when("datum.trained").then(alt.value(0.0)).otherwise(alt.value(1.0))
