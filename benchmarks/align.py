@@ -15,24 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from audiopress.benchmarks.alignment.batch import Batch
-from audiopress.benchmarks.alignment.clips import DURATIONS, ClipBank, ClipMaker, MadeClip, names
+from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
+from audiopress.benchmarks.alignment.makers import Makers
 from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
 from audiopress.benchmarks.alignment.scores import aligned, speech_scores, time_scores
-from audiopress.benchmarks.alignment.speech import SpeechBank, Texts, speak_all
+from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
 from audiopress.benchmarks.cells import Parser, check_device
 from audiopress.benchmarks.environment import environment, finish
 from audiopress.data import synthesis
@@ -46,17 +46,17 @@ from audiopress.models.loading import load_base
 from audiopress.models.packages import FetchError
 from audiopress.models.packed import use_packed_attention
 
+log = logging.getLogger(__name__)
+
 FILE = "omni-small.safetensors"
+HEADS = "heads.safetensors"  # what is trained beside the model: only going on needs it
 BASE = "omni-small"
 
 # All guesses.
 TOWERS_ONLY = 0.1  # of the whole training
 WARM_UP = 15.0  # seconds until the rates are at their peak, after every start
 SHORT_CLIPS = (0.6, 80.0)  # so long into the training no clip is longer than so many seconds
-START = (2000, 100)  # training begins when there are so many utterances and clips, or all that there will be
 CLIP_SHARE = 0.5  # of the steps, once there are clips
-CLIP_TASKS = 0.5  # of the processes' tasks
-TASK_TEXTS, TASK_CLIPS = 64, 4  # of one task: about two seconds
 LOG_SECONDS, SAVE_SECONDS = 10.0, 60.0
 
 
@@ -90,78 +90,6 @@ class Plan:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
-class Makers:
-    """Processes that make speech and clips for as long as there is room for them.
-
-    Args:
-        speech: to be filled.
-        clips: to be filled, with at most `plan.clips`.
-        texts: to be spoken.
-        maker: of clips.
-        plan: of the training.
-        seed: of this start: another one makes other speech and clips.
-    """
-
-    def __init__(
-        self, speech: SpeechBank, clips: ClipBank, texts: Texts, maker: ClipMaker, plan: Plan, seed: int
-    ) -> None:
-        self.speech, self.clips, self.texts, self.maker, self.plan = speech, clips, texts, maker, plan
-        self.rng = random.Random(seed)
-        self.made = 0
-        self.pool = ProcessPoolExecutor(plan.workers, get_context("spawn"), _start, (maker,))
-        self.tasks: set[Future[Any]] = set()
-        self._ask()
-
-    def _ask(self) -> None:
-        """Keeps two tasks per process waiting."""
-        while len(self.tasks) < 2 * self.plan.workers:
-            room = self.speech.has_room((len(self.tasks) + 1) * TASK_TEXTS)
-            wanted = self.made < self.plan.clips
-            if wanted and (not room or self.rng.random() < CLIP_TASKS):
-                seconds = self.rng.choice(DURATIONS)
-                self.tasks.add(self.pool.submit(_make, range(self.made, self.made + TASK_CLIPS), seconds))
-                self.made += TASK_CLIPS
-            elif room:
-                texts = [self.texts.draw(self.rng) for _ in range(TASK_TEXTS)]
-                self.tasks.add(self.pool.submit(speak_all, texts, self.rng.getrandbits(32)))
-            else:
-                return
-
-    def collect(self, timeout: float = 0.0) -> None:
-        """Takes what is finished; an error of a process is raised here."""
-        done, self.tasks = wait(self.tasks, timeout, FIRST_COMPLETED)
-        for task in done:
-            found = task.result()
-            if isinstance(found, list):
-                for clip in found:
-                    self.clips.add(clip)
-            else:
-                self.speech.add(*found)
-        self._ask()
-
-    def wait(self) -> None:
-        """Waits until there is enough to begin with."""
-        utterances, clips = START
-        while self.tasks and (len(self.speech.synthetic) < utterances or self.clips.count < clips):
-            self.collect(timeout=1.0)
-
-    def close(self) -> None:
-        """Ends the processes."""
-        self.pool.shutdown(cancel_futures=True)
-
-
-_maker: list[ClipMaker] = []  # of a process
-
-
-def _start(maker: ClipMaker) -> None:
-    torch.set_num_threads(1)
-    _maker[:] = [maker]
-
-
-def _make(indices: range, seconds: int) -> list[MadeClip]:
-    return [_maker[0](index, seconds) for index in indices]
-
-
 class Training:
     """One start of the training.
 
@@ -175,63 +103,78 @@ class Training:
 
     def __init__(self, folder: Path, plan: Plan, device: torch.device, compiled: bool, stamps: list[Stamp]) -> None:
         self.folder, self.plan, self.device = folder, plan, device
+        tensors, about = delta.read(folder / FILE) if (folder / FILE).is_file() else ({}, {})
+        self.before = float(about.get("seconds", 0))
+        self.starts, self.count = int(about.get("starts", 0)), int(about.get("steps", 0))
+        self.rng = random.Random(self.starts)
         thinker, processor = load_base(BASE, torch.float32)
+        encoder, prompts = Encoder(processor), speech_records("train")
+        self.speech = SpeechBank(encoder, plan.hours, device)
+        self.clips = ClipBank(TokenIds.from_config(thinker.config), processor.tokenizer.pad_token_id, device)
+        maker = ClipMaker(encoder, stamps, seed=1 + self.starts)
+        texts = Texts.load(prompts)
+        self.makers = Makers(self.speech, self.clips, texts, maker, plan.clips, plan.workers, self.starts)
+        self.speech.add_recorded(prompts, self.rng)
         use_packed_attention(thinker)
-        changes = Changes(thinker.to(device))
-        tensors, self.about = delta.read(folder / FILE) if (folder / FILE).is_file() else ({}, {})
-        self.before = float(self.about.get("seconds", 0))
-        self.starts, self.count = int(self.about.get("starts", 0)), int(self.about.get("steps", 0))
+        self.changes = Changes(thinker.to(device))
         if tensors:
-            changes.load(tensors)
+            self.changes.load(tensors)
         if device.type == "cuda":
             delta.cast_weights(thinker, torch.bfloat16)
         if compiled:
             compile_layers(thinker)
-        tokenizer = processor.tokenizer
-        vectors = name_vectors(names(stamps), tokenizer, thinker.get_input_embeddings().weight)
-        self.changes = changes
-        self.step = Steps(Aligner(thinker, processor.feature_extractor, vectors).train(), changes)
-        encoder = Encoder(processor)
-        self.rng = random.Random(self.starts)
-        self.speech = SpeechBank(encoder, plan.hours, device)
-        prompts = speech_records("train")
-        self.speech.add_recorded(prompts, self.rng)
-        self.clips = ClipBank(TokenIds.from_config(thinker.config), tokenizer.pad_token_id, device)
-        maker = ClipMaker(encoder, stamps, seed=1 + self.starts)
-        self.makers = Makers(self.speech, self.clips, Texts.load(prompts), maker, plan, self.starts)
+        vectors = name_vectors(names(stamps), processor.tokenizer, thinker.get_input_embeddings().weight)
+        self.aligner = Aligner(thinker, processor.feature_extractor, vectors).train()
+        if tensors and (folder / HEADS).is_file():
+            self.aligner.load_heads(delta.read(folder / HEADS)[0])
+        elif tensors:
+            log.warning("%s is not there: what is trained beside the model begins anew", folder / HEADS)
+        self.step = Steps(self.aligner, self.changes)
 
     def run(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Trains for the minutes of the plan."""
-        self.makers.wait()
+        """Trains for the minutes of the plan, or until those of the whole are over.
+
+        Raises:
+            FloatingPointError: a loss is no longer finite; the weights written before stay.
+        """
+        try:
+            began = time.perf_counter()
+            self.makers.wait()
+            tell({"waited": round(time.perf_counter() - began, 1)})
+            self._run(tell)
+        finally:
+            self.makers.close()
+
+    def _run(self, tell: Callable[[dict[str, Any]], None]) -> None:
         began = logged = saved = time.perf_counter()
         sums: dict[str, list[torch.Tensor]] = {}
         done = {"steps": 0, "utterances": 0, "clips": 0, "tokens": 0}
-        try:
-            while True:
-                now = time.perf_counter() - began
-                over = now >= 60 * self.plan.minutes or done["steps"] == self.plan.steps
-                if over or time.perf_counter() - logged > LOG_SECONDS:
-                    finish(self.device)
-                    tell(self._row(now, time.perf_counter() - logged, sums, done))
-                    sums, logged = {}, time.perf_counter()
-                    done |= {"utterances": 0, "clips": 0, "tokens": 0}
-                if over or time.perf_counter() - saved > SAVE_SECONDS:
-                    self.save(now)
-                    saved = time.perf_counter()
-                if over:
-                    return
-                self.makers.collect()
-                progress = (self.before + now) / (60 * self.plan.of)
-                batch = self._batch(progress)
-                scale = min(1.0, now / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-                for name, loss in self.step(batch, scale, progress < TOWERS_ONLY).items():
-                    sums.setdefault(f"{name}_{'speech' if batch.frames is None else 'clips'}", []).append(loss)
-                self.count += 1
-                done["steps"] += 1
-                done["utterances" if batch.frames is None else "clips"] += len(batch.ids)
-                done["tokens"] += batch.ids.numel()
-        finally:
-            self.makers.close()
+        first = self.count
+        while True:
+            now = time.perf_counter() - began
+            progress = (self.before + now) / (60 * self.plan.of)
+            over = now >= 60 * self.plan.minutes or progress >= 1 or self.count - first == self.plan.steps
+            if over or time.perf_counter() - logged > LOG_SECONDS:
+                finish(self.device)
+                tell(row := self._row(now, time.perf_counter() - logged, sums, done))
+                if wrong := [name for name in sums if not math.isfinite(row[name])]:
+                    raise FloatingPointError(f"{', '.join(wrong)} became {row[wrong[0]]} after {self.count} steps")
+                sums, logged = {}, time.perf_counter()
+                done = dict.fromkeys(done, 0)
+            if over or time.perf_counter() - saved > SAVE_SECONDS:
+                self.save(now)
+                saved = time.perf_counter()
+            if over:
+                return
+            self.makers.collect()
+            batch = self._batch(progress)
+            scale = min(1.0, now / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
+            for name, loss in self.step(batch, scale, progress < TOWERS_ONLY).items():
+                sums.setdefault(f"{name}_{'speech' if batch.frames is None else 'clips'}", []).append(loss)
+            self.count += 1
+            done["steps"] += 1
+            done["utterances" if batch.frames is None else "clips"] += len(batch.ids)
+            done["tokens"] += batch.ids.numel()
 
     def _batch(self, progress: float) -> Batch:
         until, longest = SHORT_CLIPS
@@ -247,8 +190,7 @@ class Training:
         return {
             "steps": self.count,
             "seconds": round(self.before + now, 1),
-            "steps_per_second": sum(map(len, sums.values())) / since,
-            **{f"{name}_per_second": done[name] / since for name in ("utterances", "clips", "tokens")},
+            **{f"{name}_per_second": number / since for name, number in done.items()},
             "hours": self.speech.hours,
             "synthetic": len(self.speech.synthetic),
             "clips": self.clips.count,
@@ -258,6 +200,7 @@ class Training:
     def save(self, now: float) -> None:
         """Writes the weights, and how far the training is."""
         about = {"seconds": self.before + now, "starts": self.starts + 1, "steps": self.count}
+        delta.write(self.folder / HEADS, self.aligner.heads(), {})
         delta.write(self.folder / FILE, self.changes.tensors(), {key: str(value) for key, value in about.items()})
 
 
@@ -316,7 +259,10 @@ def main() -> str | None:
         print(json.dumps(shown) if file == "log.jsonl" else _summary(row), flush=True)
 
     if plan.minutes:
-        Training(args.output, plan, device, args.compile, stamps).run(tell)
+        try:
+            Training(args.output, plan, device, args.compile, stamps).run(tell)
+        except FloatingPointError as error:
+            return f"error: {error}; {args.output / FILE} is from before"
     for row in measure(args.output, device, stamps, args):
         tell(row, "scores.jsonl")
     return None
@@ -334,4 +280,5 @@ def _summary(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     sys.exit(main())

@@ -81,10 +81,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -
         path: of a safetensors file.
         tensors: see `apply`.
         about: anything to be kept with them.
+
+    Raises:
+        FloatingPointError: a tensor holds what is no number; nothing is written then.
     """
     stored = {}
     for key, tensor in tensors.items():
         x = tensor.detach().cpu().float()
+        if not x.isfinite().all():
+            raise FloatingPointError(f"{key} holds values that are not finite: {path} is not written")
         if x.ndim == 1:
             stored[key] = x.half()
             continue

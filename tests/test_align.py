@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import pickle
 import random
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +21,17 @@ from tiny import tiny_processor, tiny_thinker
 
 from audiopress.benchmarks import align
 from audiopress.benchmarks.alignment import clips as clips_module
+from audiopress.benchmarks.alignment import makers
 from audiopress.benchmarks.alignment import speech as speech_module
 from audiopress.benchmarks.alignment.batch import RATE, log_mel, patches
 from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
+from audiopress.benchmarks.alignment.makers import Makers
 from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
 from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
 from audiopress.benchmarks.timeline import Options
 from audiopress.data.collator import PATCH_PIXELS, Encoder, OmniCollator
 from audiopress.data.rendering import render
-from audiopress.data.speech import folder_records
+from audiopress.data.speech import folder_records, split_of
 from audiopress.data.timeline import plan
 from audiopress.models import CompressedOmni, delta
 from audiopress.models.layout import TokenIds
@@ -178,6 +185,11 @@ def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811
     assert len({tuple(ids) for ids in first.ids}) > 1
 
 
+def test_makers_of_clips_can_be_sent_to_processes(maker):
+    sent = pickle.loads(pickle.dumps(maker))(5, 24)
+    assert sent.ids == maker(5, 24).ids
+
+
 def test_changes_have_the_gradients_of_what_they_are(thinker, aligner, speech):
     changes = Changes(thinker, rank=3)
     for group in changes.low_rank:
@@ -242,15 +254,48 @@ def test_changes_are_stored_small(thinker, processor, tmp_path):
         delta.apply(other, tensors)
 
 
-def test_texts_are_of_every_kind():
-    texts = Texts(["Press the pound key."], ["A set of two."], ["person", "cut back"])
+def test_texts_are_of_every_kind_and_of_the_train_split():
+    texts = Texts(["Press the pound key."], ["A set of two."], ["person", "cut back", "twelfth"])
     rng = random.Random(0)
     drawn = [texts.draw(rng) for _ in range(4000)]
-    for text in ("Press the pound key.", "A set of two.", "person", "B", "seventeenth", "one hundred", "twenty one"):
+    for text in ("Press the pound key.", "A set of two.", "person", "B", "twentieth", "one hundred", "twenty one"):
         assert any(text in one for one in drawn), text
+    assert {split_of(text) for text in drawn} == {"train"}
+    assert "twelfth" not in drawn  # a prompt of the test split
+    assert any("twelfth" in text for text in drawn)
 
 
-def test_the_whole_run(processor, stamps, prompts, monkeypatch, tmp_path, capsys):  # noqa: F811
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes that need not import everything: half a minute less."""
+    monkeypatch.setattr(makers, "get_context", lambda _: multiprocessing.get_context("fork"))
+
+
+def test_processes_that_die_are_started_anew(maker, speech, clips, forks, monkeypatch, caplog):
+    """Those of this test end at once."""
+    monkeypatch.setattr(makers, "_start", lambda maker: os._exit(1))
+    with pytest.raises(BrokenProcessPool):
+        Makers(speech, clips, Texts(["Yes"], ["Yes"], ["yes"]), maker, most=1000, workers=1, seed=0).wait()
+    assert caplog.text.count("has died: all are started anew") == makers.RESTARTS
+
+
+def test_a_loss_that_is_no_number_ends_the_run(speech, tmp_path):
+    training = object.__new__(align.Training)
+    training.folder, training.device, training.before, training.count = tmp_path, CPU, 0.0, 0
+    training.plan = align.Plan(minutes=1, of=1, tokens=500, hours=1, clips=0, workers=1, steps=1)
+    training.rng, training.speech, training.clips = random.Random(0), speech, ClipBank(None, 0, CPU)
+    training.makers = SimpleNamespace(collect=lambda: None, wait=lambda: None, close=lambda: None)
+    training.step = lambda *_: {"ctc": torch.tensor(2.0), "text": torch.tensor(torch.nan)}
+    rows = []
+    with pytest.raises(FloatingPointError, match="text_speech became nan after 1 steps"):
+        training.run(rows.append)
+    assert rows[-1]["ctc_speech"] == 2
+    with pytest.raises(FloatingPointError, match="x holds values that are not finite"):
+        delta.write(tmp_path / "x.safetensors", {"x": torch.tensor([1, torch.inf])}, {})
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path, capsys):  # noqa: F811
     monkeypatch.setattr(align, "load_base", lambda name, dtype: (tiny_thinker(processor), processor))
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.load_base", align.load_base)
     monkeypatch.setattr(align, "packaged_stamps", lambda: stamps)
@@ -261,6 +306,8 @@ def test_the_whole_run(processor, stamps, prompts, monkeypatch, tmp_path, capsys
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.ANSWER_TOKENS", 3)
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.Options", lambda: Options(seconds=(24, 27), size=64))
     monkeypatch.setattr(align.Texts, "load", classmethod(lambda cls, records: cls([], [], [])))
+    heads = []
+    monkeypatch.setattr(Aligner, "load_heads", lambda self, tensors: heads.append((self.heads(), tensors)))
     options = "--of 9 --minutes 9 --tokens 500 --hours 0.02 --clips 4 --workers 1 --test-clips 1 --device cpu"
     for start in (1, 2):
         monkeypatch.setattr(
@@ -268,8 +315,12 @@ def test_the_whole_run(processor, stamps, prompts, monkeypatch, tmp_path, capsys
         )
         assert align.main() is None
         assert int(delta.read(tmp_path / "run" / align.FILE)[1]["steps"]) == 2 * start
+    ((fresh, saved),) = heads  # of the second start alone
+    assert {name: p.shape for name, p in fresh.items()} == {name: p.shape for name, p in saved.items()}
     rows = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
     assert [next(k for k in ("speech", "time") if k in row) for row in rows] == ["speech", "speech", "time"] * 2
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in log if "steps" in row] == [2, 4]
     assert "time: mIoU" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["align.py", "--minutes", "3", "--of", "2"])
     assert "minutes must be from 0 to those of the whole, got 3 of 2" in align.main()

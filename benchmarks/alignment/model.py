@@ -154,10 +154,15 @@ class Aligner(nn.Module):
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.middle = [output if isinstance(output, Tensor) else output[0]]
 
-    @property
-    def heads(self) -> list[nn.Parameter]:
-        """What is trained beside the model, and dropped afterwards."""
-        return [*self.ctc.parameters(), *self.clock.parameters()]
+    def heads(self) -> dict[str, nn.Parameter]:
+        """Gives what is trained beside the model, and dropped afterwards."""
+        return {name: p for part in ("ctc", "clock") for name, p in getattr(self, part).named_parameters(prefix=part)}
+
+    @torch.no_grad()
+    def load_heads(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from earlier ones."""
+        for name, parameter in self.heads().items():
+            parameter.copy_(tensors[name])
 
     def forward(self, batch: Batch, towers_only: bool) -> dict[str, Tensor]:
         """Gives the losses, weighted, by name: the answers' (`text`), and of speech `ctc`, of clips `name` and `clock`.
@@ -266,7 +271,7 @@ class Steps:
 
     def __init__(self, aligner: Aligner, changes: Changes) -> None:
         self.aligner, self.changes = aligner, changes
-        groups = [*changes.groups(), {"params": aligner.heads, "peak": RATES["heads"]}]
+        groups = [*changes.groups(), {"params": list(aligner.heads().values()), "peak": RATES["heads"]}]
         self.tensors = [tensor for group in groups for tensor in group["params"]]
         fused = self.tensors[0].is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
