@@ -2,7 +2,9 @@
 
 The train split's prompts are joined anew several times, to dense clips and to shorter ones. The encoder runs over all
 of them once, and so does the teacher: Whisper as it comes, which reads all 50 states per second. A student, the same
-decoder behind a compressor, learns the prompts' texts by cross-entropy, and what the teacher would say at each place.
+decoder behind a compressor, learns the teacher's transcripts by cross-entropy, and all that the teacher thought likely
+at each place; as in Distil-Whisper, arXiv 2311.00430. The prompts' own texts have no steady spelling and punctuation,
+which a compressor would learn, too; they only tell which transcripts are wrong.
 """
 
 from __future__ import annotations
@@ -18,21 +20,24 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
+from audiopress.benchmarks.metrics import wer
 from audiopress.benchmarks.speech_clips import Clip, batches, make_clips, read_all
+from audiopress.benchmarks.spelling import spelled
 from audiopress.compression import Compressor
 from audiopress.data.speech import speech_records
 from audiopress.kernels.packed import upload
 from audiopress.models.spoken import Spoken
-from audiopress.models.whisper import PROMPT_LENGTH, CompressedWhisper
+from audiopress.models.whisper import PROMPT_LENGTH, CompressedWhisper, Transcript
 
 log = logging.getLogger(__name__)
 
 JOINS = (1.0, 1.0, 1.0, 0.5, 0.25)  # the train split is joined once for each, to this share of the longest; a guess
+WORST = 0.3  # word error rate of a transcript to learn; a guess, as the prompts' spelling alone makes some errors
 DISTILLATION = 0.8  # beside cross-entropy's 1: Distil-Whisper, arXiv 2311.00430
 WARM_UP = 0.1  # of the steps; this, the decay and the norm are guesses, the usual ones
 WEIGHT_DECAY = 0.01
 GRADIENT_NORM = 1.0
-ENCODED_AT_ONCE = 32  # clips, of the 43 that the encoder takes
+TAUGHT_AT_ONCE = 32  # clips, of the 43 that the encoder takes
 
 
 @dataclass(frozen=True)
@@ -177,25 +182,38 @@ class SpeechTraining:
                 for clip in make_clips(records, language, share * settings.seconds, True, settings.limit, seed + 1)
             ]
         read_all(clips)
-        lessons = [lesson for part in batches(clips, ENCODED_AT_ONCE) for lesson in self._teach(part)]
-        log.info("%d clips to train on, encoded in %.0f s", len(lessons), time.perf_counter() - started)
+        lessons = [lesson for part in batches(clips, TAUGHT_AT_ONCE) for lesson in self._teach(part)]
+        counts, took = (len(lessons), len(clips)), time.perf_counter() - started
+        log.info("%d of %d clips are trained on, those the teacher gets right; made ready in %.0f s", *counts, took)
+        if not lessons:
+            raise ValueError(f"of {len(clips)} clips to train on the teacher transcribes none")
         return lessons
 
     def _teach(self, clips: Sequence[Clip]) -> list[Lesson]:
-        """Runs encoder and teacher over some clips."""
-        whisper = self.whisper
+        """Runs encoder and teacher over some clips; leaves out those that the teacher gets wrong."""
+        whisper, languages = self.whisper, [clip.language for clip in clips]
         features, tokens = whisper.features([clip.sound() for clip in clips])
-        ids = whisper.texts([clip.text for clip in clips], [clip.language for clip in clips])
         with self._autocast():
             spoken = whisper.encode(features, tokens)
+            heard = whisper.hear_as_it_comes(features, tokens)
+        written = whisper.transcribe(heard, languages)
+        ids = whisper.texts([transcript.text for transcript in written], languages)
+        with self._autocast():
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, :-1]
-            states = whisper.follow(whisper.hear_as_it_comes(features, tokens), upload(padded, features.device))
+            states = whisper.follow(heard, upload(padded, features.device))
         dtype = torch.bfloat16 if features.is_cuda else torch.float32
         return [
             Lesson(own.to(dtype), x, state[: len(x) - 1].to(dtype))
-            for own, x, state in zip(spoken.split(), ids, states, strict=True)
+            for clip, transcript, own, x, state in zip(clips, written, spoken.split(), ids, states, strict=True)
+            if is_right(clip, transcript)
         ]
 
     def _autocast(self) -> Any:
         device = self.whisper.model.device.type
         return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def is_right(clip: Clip, transcript: Transcript) -> bool:
+    """Tells whether a transcript came to its end, with few errors."""
+    said, written = (spelled(text, clip.language) for text in (clip.text, transcript.text))
+    return transcript.ended and wer([said], [written]).rate <= WORST
