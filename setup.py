@@ -28,7 +28,7 @@ setup(
     cmdclass={"build_py": BuildPy},
     package_dir={"audiopress": "."},
     packages=["audiopress", *(f"audiopress.{name}" for name in SUBPACKAGES)],
-    package_data={"audiopress.benchmarks": ["page.html", "page.css", "page.js"]},
+    package_data={"audiopress.benchmarks": ["page.html", "page.css", "page.js"], "audiopress.models": ["weights/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # the video processor of transformers resizes frames with it

@@ -49,7 +49,7 @@ from audiopress.data.skips import SkipLog
 from audiopress.data.speech import LANGUAGES, folder_records, speech_records
 from audiopress.models import CompressedOmni, storage
 from audiopress.models.encoders import hidden_audio
-from audiopress.models.loading import build_for, is_omni_small
+from audiopress.models.loading import build_for, has_random_projector
 from audiopress.models.omni import TRAINABLE, check_video_compressor, shrunk, tokens_left
 from audiopress.models.packages import FetchError
 from audiopress.models.training import (
@@ -83,7 +83,8 @@ class ModelArguments:
     """What is trained."""
 
     model: str = field(
-        default="omni-small", metadata={"help": "omni-small, omni-small:hub, or path or hub name of Qwen2.5-Omni."}
+        default="omni-small",
+        metadata={"help": "omni-small, omni-small:unaligned, omni-small:hub, or path or hub name of Qwen2.5-Omni."},
     )
     compressor: str = field(default="pooling", metadata={"help": "NAME, NAME:PRESET or NAME+NAME; see the README."})
     keep_ratio: str | None = field(
@@ -367,7 +368,7 @@ def what_to_train(model: CompressedOmni, asked: list[str]) -> set[str]:
     names = {"adapter"}
     if model.own_parameters("compressor"):
         names.add("compressor")
-    if is_omni_small(model.base):
+    if has_random_projector(model):
         names.add("projector")
     return names
 

@@ -26,7 +26,8 @@ PACKAGE = packages.Package(
 )
 
 _WORDS = (3, 22)  # of a gloss that is used; longer ones are a few of a hundred (a guess of what is pleasant to hear)
-_REMARK = re.compile(r"\([^)]*\)|`")
+_REMARK = re.compile(r"\([^)]*\)")
+_QUOTED = re.compile(r"`([^`']*)'")
 # A text of nothing else is read by every voice as it is written; figures and abbreviations are not.
 _PLAIN = re.compile(r"[A-Za-z][a-z']*(?:,? (?:[A-Z]?[a-z']+|[A-Z][a-z]*)(?:-[a-z]+)*)*")
 
@@ -63,7 +64,7 @@ def _sentences(file: Path) -> Iterator[str]:
     for line in file.read_text("utf-8").splitlines():
         if line.startswith("  "):  # the licence
             continue
-        gloss = _REMARK.sub("", line.partition(" | ")[2]).replace('"', "")
+        gloss = _QUOTED.sub(r"\1", _REMARK.sub("", line.partition(" | ")[2])).replace('"', "")
         for part in gloss.split(";"):
             text = " ".join(part.split())
             if _WORDS[0] <= len(text.split()) <= _WORDS[1] and _PLAIN.fullmatch(text):

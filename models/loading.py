@@ -35,8 +35,9 @@ def load(
     """Opens a model with a compressor in its slot, and its processor.
 
     Args:
-        name: "omni-small" (real, 160 M parameters, assembled on first use out of packages; "omni-small:hub" out of the
-            hub's unquantised weights), a path or hub name of a Qwen2.5-Omni checkpoint (its thinker alone is read), or
+        name: "omni-small" (real, 160 M parameters, assembled on first use out of packages, and aligned where there are
+            weights for that; "omni-small:unaligned" without them; "omni-small:hub" without them, out of the hub's
+            unquantised weights), a path or hub name of a Qwen2.5-Omni checkpoint (its thinker alone is read), or
             a directory of `save_pretrained`.
         compressor: one built for the model's width, a method's name ("pooling", "stacking:slam-asr"), or None. A
             saved directory brings its own.
@@ -137,21 +138,27 @@ def build_for(thinker: nn.Module, method: str, **options: Any) -> Compressor:
 
 
 def is_omni_small(name: str) -> bool:
-    """Tells whether `name` is "omni-small" or "omni-small:SOURCE"."""
+    """Tells whether `name` is "omni-small" or "omni-small:VARIANT"."""
     return name.partition(":")[0] == OMNI_SMALL
+
+
+def has_random_projector(model: CompressedOmni) -> bool:
+    """Tells whether the audio projection is random until it is trained."""
+    return is_omni_small(model.base) and storage.alignment(model.thinker) is None
 
 
 def load_base(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Opens "omni-small", or a Qwen2.5-Omni checkpoint's thinker (no talker, no token2wav), and its processor.
 
     Raises:
-        ValueError: the path or hub name holds no Qwen2.5-Omni checkpoint, or one that lacks weights.
+        ValueError: the path or hub name holds no Qwen2.5-Omni checkpoint, or one that lacks weights; or see
+            `open_omni_small`.
     """
     if is_omni_small(name):
-        from .omni_small import build_omni_small
+        from .omni_small import open_omni_small
 
-        thinker, processor = build_omni_small(source=name.partition(":")[2] or "packages")  # type: ignore[arg-type]
-        return _resident(thinker.to(dtype)), processor
+        thinker, processor = open_omni_small(name.partition(":")[2], dtype)
+        return _resident(thinker), processor
 
     from transformers import AutoConfig, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 

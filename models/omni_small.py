@@ -1,8 +1,9 @@
 """omni-small: a Qwen2.5-Omni thinker of 160M parameters out of Whisper-base and SmolLM2-135M-Instruct.
 
 It has the architecture, classes and processor of Qwen2.5-Omni, so everything in this project runs on it unchanged, on a
-laptop's CPU. Hearing and language are pretrained; what joins them, the audio tower's output projection, is random
-until it is trained, and so is the whole (small) vision tower.
+laptop's CPU. Hearing and language are pretrained; what joins them, the audio tower's output projection, is random in
+what is assembled here, and so is the whole (small) vision tower. `benchmarks/align.py` trains both, and the rest a
+little; what it changes lies in `weights/`, once there is such a file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from transformers import (
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniVisionEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from .packages import Package, cache_root, ensure
+from . import delta
+from .packages import Package, cache_root, digest, ensure
 from .processor import SPECIAL_TOKENS, build_processor
 from .whisper_ct2 import whisper_encoder
 
@@ -100,6 +102,18 @@ AUDIO_RMS = 1.46
 VISION_RMS = 0.24
 
 
+class Alignment(NamedTuple):
+    """What `benchmarks/align.py` trained: a file of `WEIGHTS` as `delta.write` stores it, and its sha256."""
+
+    file: str
+    sha256: str
+
+
+WEIGHTS = Path(__file__).parent / "weights"
+ALIGNMENT: Alignment | None = None  # None: "omni-small" is unaligned, too
+VARIANTS = ("", "unaligned", "hub")  # what may stand after "omni-small:"; "" is "omni-small" itself
+
+
 class Parts(NamedTuple):
     """The pretrained models omni-small is made of."""
 
@@ -129,16 +143,52 @@ def parts_from_hub(download: bool = True) -> Parts:
     )
 
 
-def build_omni_small(
-    source: Source = "packages", n_window: int = N_WINDOW, download: bool = True
+def open_omni_small(
+    variant: str, dtype: torch.dtype, download: bool = True
 ) -> tuple[Qwen2_5OmniThinkerForConditionalGeneration, Qwen2_5OmniProcessor]:
-    """Gives model (float32, eval mode) and processor, assembling them in the cache when called for the first time.
+    """Gives model (eval mode) and processor of a variant; the config of an aligned one names its `alignment`.
+
+    Args:
+        variant: "": aligned, where `ALIGNMENT` names a file; "unaligned": as assembled; "hub": as assembled out of the
+            hub's weights. Those stay unaligned: the file holds differences from the packages' quantised weights.
+        dtype: of the weights; frequencies and positions, which are computed, stay in float32.
+        download: False never touches the network.
+
+    Raises:
+        FetchError: see `build_omni_small`.
+        ValueError: an unknown variant; or the file is not there, damaged, or of another model.
+    """
+    if variant not in VARIANTS:
+        known = ", ".join(f"omni-small:{name}" if name else "omni-small" for name in VARIANTS)
+        raise ValueError(f"there are {known}, got 'omni-small:{variant}'")
+    if variant or ALIGNMENT is None:
+        return build_omni_small("hub" if variant == "hub" else "packages", download=download, dtype=dtype)
+    file = WEIGHTS / ALIGNMENT.file
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: install again, or take omni-small:unaligned")
+    if (found := digest(file)) != ALIGNMENT.sha256:
+        raise ValueError(f"{file} is damaged: sha256 {found}, expected {ALIGNMENT.sha256}")
+    model, processor = build_omni_small(download=download)
+    delta.apply(model, delta.read(file)[0])
+    delta.cast_weights(model, dtype)
+    model.config.alignment = ALIGNMENT.sha256
+    return model, processor
+
+
+def build_omni_small(
+    source: Source = "packages",
+    n_window: int = N_WINDOW,
+    download: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Qwen2_5OmniThinkerForConditionalGeneration, Qwen2_5OmniProcessor]:
+    """Gives model (unaligned, eval mode) and processor, assembling them in the cache when called for the first time.
 
     Args:
         source: where the pretrained weights come from. The hub's are not quantised, so results differ a little.
         n_window: half the length, in mel frames, of the blocks inside which the audio tower attends. A clip shorter
             than a block is one block of its own length. At most 1500: the tower has 1500 positions.
         download: False never touches the network.
+        dtype: of the weights.
 
     Raises:
         FetchError: a package cannot be fetched, or is not in the cache with `download=False`.
@@ -148,7 +198,7 @@ def build_omni_small(
     folder = omni_small_folder(source, download)
     config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
     config.audio_config.n_window = n_window
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
     return model, Qwen2_5OmniProcessor.from_pretrained(folder)
 
 

@@ -30,6 +30,11 @@ def eos_ids(thinker: nn.Module) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
+def alignment(thinker: nn.Module) -> str | None:
+    """Gives the sha256 of what omni-small was aligned by; None for an unaligned one and for every other model."""
+    return getattr(thinker.config, "alignment", None)
+
+
 def fingerprint(thinker: nn.Module) -> dict[str, Any]:
     """Tells one base model from another: its sizes, and a hash of some weights that holds in fp32 and bf16 alike."""
     text = thinker.config.get_text_config()
@@ -44,6 +49,7 @@ def fingerprint(thinker: nn.Module) -> dict[str, Any]:
         "audio_width": audio.d_model,
         "audio_layers": audio.encoder_layers,
         "weights": hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16],
+        "alignment": alignment(thinker),
     }
 
 
@@ -145,10 +151,12 @@ def load_weights(model: CompressedOmni, directory: str | os.PathLike[str], manif
 def check_base(expected: dict[str, Any], thinker: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Raises ValueError unless the thinker is the base a variant was trained on, naming what differs."""
     found = fingerprint(thinker)
+    expected = {"alignment": None} | expected  # unknown to older manifests
     differing = [f"{key} {expected[key]!r} != {found[key]!r}" for key in found if expected[key] != found[key]]
     if differing:
+        hint = "; omni-small:unaligned is without" if found["alignment"] and not expected["alignment"] else ""
         raise ValueError(
-            f"{directory} was trained on another base model ({expected['name']!r}): {'; '.join(differing)}"
+            f"{directory} was trained on another base model ({expected['name']!r}): {'; '.join(differing)}{hint}"
         )
 
 

@@ -9,10 +9,12 @@ from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
+import audiopress
 from audiopress.data.media import read_audio
 from audiopress.data.speech import speech_packages
-from audiopress.models import omni_small, parts
-from audiopress.models.packages import FetchError, ensure
+from audiopress.models import delta, omni_small, parts, storage
+from audiopress.models.loading import has_random_projector
+from audiopress.models.packages import FetchError, digest, ensure
 from audiopress.models.processor import SPECIAL_TOKENS
 from audiopress.models.whisper_ct2 import read_tensors
 
@@ -265,6 +267,89 @@ def test_the_hub_way_with_small_stand_ins(sources, tmp_path, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits[..., :49152], llama.eval()(input_ids=ids).logits)
     assert torch.equal(parts.audio_tower(model).conv1.weight, whisper.encoder.conv1.weight)
+
+
+@pytest.fixture
+def alignment(built, monkeypatch, tmp_path):
+    """Stand-in weights: what training might have changed."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, parameter, low_rank in delta.trainable(built[0]):
+        if low_rank:
+            rows, columns = parameter.shape
+            tensors[name + delta.UP] = torch.randn(rows, 1, generator=random) * 0.01
+            tensors[name + delta.DOWN] = torch.randn(1, columns, generator=random) * 0.01
+        else:
+            tensors[name] = parameter.detach() + 0.01
+    file = tmp_path / "stand-in.safetensors"
+    delta.write(file, tensors, {})
+    monkeypatch.setattr(omni_small, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(omni_small, "ALIGNMENT", omni_small.Alignment(file.name, digest(file)))
+    return file
+
+
+def test_weights_make_omni_small_aligned(built, alignment):
+    aligned, _ = audiopress.load("omni-small", device="cpu")
+    unaligned, _ = audiopress.load("omni-small:unaligned", device="cpu")
+    before, ours, theirs = (m.state_dict() for m in (built[0], aligned.thinker, unaligned.thinker))
+    assert all(torch.equal(theirs[name], before[name]) for name in before if "visual" not in name)
+    changed = {name for name in before if "visual" not in name and not torch.equal(ours[name], before[name])}
+    assert {"model.audio_tower.proj.weight", "model.language_model.norm.weight"} <= changed
+    assert not any("embed_tokens" in name for name in changed)
+    assert (storage.alignment(aligned.thinker), storage.alignment(unaligned.thinker)) == (digest(alignment), None)
+    assert not has_random_projector(aligned)
+    assert has_random_projector(unaligned)
+
+
+def test_weights_that_are_not_what_they_should_be(built, alignment):
+    alignment.write_bytes(alignment.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"stand-in\.safetensors is damaged: sha256 .* expected"):
+        audiopress.load("omni-small", device="cpu")
+    alignment.unlink()
+    with pytest.raises(ValueError, match=r"stand-in\.safetensors is missing: .* take omni-small:unaligned"):
+        audiopress.load("omni-small", device="cpu")
+
+
+def test_a_variant_of_the_one_does_not_open_on_the_other(built, alignment, tmp_path):
+    for name, other in (("omni-small", "omni-small:unaligned"), ("omni-small:unaligned", "omni-small")):
+        model, _ = audiopress.load(name, "pooling", keep_ratio=0.5, device="cpu")
+        model.save_pretrained(tmp_path / "saved")
+        assert audiopress.load(tmp_path / "saved", device="cpu")[0].base == name
+        with pytest.raises(ValueError, match=f"was trained on another base model .'{name}'.: alignment"):
+            audiopress.load(tmp_path / "saved", base=other, device="cpu")
+    manifest = json.loads((tmp_path / "saved" / storage.MANIFEST).read_text())
+    manifest["base"]["name"] = "omni-small"  # as it was before there were weights
+    del manifest["base"]["alignment"]
+    (tmp_path / "saved" / storage.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"alignment None != .*; omni-small:unaligned is without"):
+        audiopress.load(tmp_path / "saved", device="cpu")
+    audiopress.load(tmp_path / "saved", base="omni-small:unaligned", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["omni-small", "omni-small:unaligned"])
+def test_half_precision_leaves_what_is_computed(name, built, alignment):
+    model, _ = audiopress.load(name, dtype=torch.bfloat16, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    ours, exact = dict(model.thinker.named_buffers()), dict(built[0].named_buffers())
+    assert {key.rpartition(".")[2] for key in exact} == {"inv_freq", "original_inv_freq", "positional_embedding"}
+    for key, buffer in exact.items():
+        assert ours[key].dtype == torch.float32, key
+        assert torch.equal(ours[key], buffer), key
+
+
+def test_what_omni_small_comes_as():
+    with pytest.raises(
+        ValueError, match="there are omni-small, omni-small:unaligned, omni-small:hub, got 'omni-small:x'"
+    ):
+        audiopress.load("omni-small:x", device="cpu")
+
+
+@pytest.mark.skipif(omni_small.ALIGNMENT is None, reason="omni-small has no weights of its own yet")
+def test_the_weights_are_those_the_code_names():
+    file = omni_small.WEIGHTS / omni_small.ALIGNMENT.file
+    assert digest(file) == omni_small.ALIGNMENT.sha256
+    assert file.stat().st_size < 25e6
+    assert omni_small.ALIGNMENT.sha256 in (omni_small.WEIGHTS / "README.md").read_text()
 
 
 def test_an_empty_cache_says_how_to_fill_it(tmp_path, monkeypatch):
