@@ -3,6 +3,7 @@
 python benchmarks/align.py --minutes 10 --of 25     # on a GPU: the first 10 of 25 minutes
 python benchmarks/align.py --minutes 15 --of 25     # goes on from runs/align/omni-small.safetensors
 python benchmarks/align.py --minutes 0              # measures what is there
+python benchmarks/align.py --publish                # puts it, with its model card, into the package
 
 Trained are a low-rank sum on every matrix of the LLM and of Whisper's encoder, the projection between them and the
 vision tower (`models/delta.py`), first the towers alone, then all. Speech is the train split of the recorded English
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from audiopress.benchmarks.alignment.batch import Batch
+from audiopress.benchmarks.alignment.card import publish
 from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
 from audiopress.benchmarks.alignment.makers import Makers
 from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
@@ -50,7 +52,7 @@ log = logging.getLogger(__name__)
 
 FILE = "omni-small.safetensors"
 HEADS = "heads.safetensors"  # what is trained beside the model: only going on needs it
-BASE = "omni-small"
+BASE = "omni-small:unaligned"
 
 # All guesses.
 TOWERS_ONLY = 0.1  # of the whole training
@@ -140,7 +142,7 @@ class Training:
         try:
             began = time.perf_counter()
             self.makers.wait()
-            tell({"waited": round(time.perf_counter() - began, 1)})
+            tell({"start": self.starts + 1, "waited": round(time.perf_counter() - began, 1)})
             self._run(tell)
         finally:
             self.makers.close()
@@ -188,6 +190,7 @@ class Training:
         """Gives what is logged: the mean losses since the last entry, and how fast it went."""
         losses = {name: float(torch.stack(values).mean()) for name, values in sorted(sums.items())}
         return {
+            "start": self.starts + 1,
             "steps": self.count,
             "seconds": round(self.before + now, 1),
             **{f"{name}_per_second": number / since for name, number in done.items()},
@@ -232,6 +235,9 @@ def parser() -> Parser:
     made.add_argument("--compile", action="store_true", help="compile what is slow without: half a minute, once")
     made.add_argument("--test-prompts", type=int, default=None, help="at most so many of each split are transcribed")
     made.add_argument("--test-clips", type=int, default=40, help="of the time testbed to ask about; 0 for none")
+    made.add_argument(
+        "--publish", action="store_true", help="train and measure nothing, put what is there into models/"
+    )
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--commit", help="of the code, where it is not in a checkout")
     made.add_argument("--output", type=Path, default=Path("runs/align"))
@@ -242,6 +248,9 @@ def main() -> str | None:
     """Trains and measures; gives the message of an error."""
     args = parser().parse_args()
     try:
+        if args.publish:
+            print(publish(args.output, FILE))
+            return None
         device = check_device(args.device)
         plan = Plan(
             args.minutes, args.of or args.minutes or 1, args.tokens, args.hours, args.clips, args.workers, args.steps

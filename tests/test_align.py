@@ -24,6 +24,7 @@ from audiopress.benchmarks.alignment import clips as clips_module
 from audiopress.benchmarks.alignment import makers
 from audiopress.benchmarks.alignment import speech as speech_module
 from audiopress.benchmarks.alignment.batch import RATE, log_mel, patches
+from audiopress.benchmarks.alignment.card import publish
 from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
 from audiopress.benchmarks.alignment.makers import Makers
 from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
@@ -35,6 +36,7 @@ from audiopress.data.speech import folder_records, split_of
 from audiopress.data.timeline import plan
 from audiopress.models import CompressedOmni, delta
 from audiopress.models.layout import TokenIds
+from audiopress.models.packages import digest
 from audiopress.models.packed import use_packed_attention
 from audiopress.models.rewrite import IGNORE
 
@@ -281,7 +283,8 @@ def test_processes_that_die_are_started_anew(maker, speech, clips, forks, monkey
 
 def test_a_loss_that_is_no_number_ends_the_run(speech, tmp_path):
     training = object.__new__(align.Training)
-    training.folder, training.device, training.before, training.count = tmp_path, CPU, 0.0, 0
+    training.folder, training.device = tmp_path, CPU
+    training.before, training.starts, training.count = 0.0, 0, 0
     training.plan = align.Plan(minutes=1, of=1, tokens=500, hours=1, clips=0, workers=1, steps=1)
     training.rng, training.speech, training.clips = random.Random(0), speech, ClipBank(None, 0, CPU)
     training.makers = SimpleNamespace(collect=lambda: None, wait=lambda: None, close=lambda: None)
@@ -322,6 +325,17 @@ def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path,
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["steps"] for row in log if "steps" in row] == [2, 4]
     assert "time: mIoU" in capsys.readouterr().out
+    line = publish(tmp_path / "run", align.FILE, tmp_path / "weights")
+    assert line.endswith(f'Alignment("omni-small.safetensors", "{digest(tmp_path / "weights" / align.FILE)}")')
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert "and 4 steps in 2 starts on one" in card
+    assert "Start 2 had" in card
+    of = f"{rows[-2]['speech']['prompts']} recorded English prompts, {rows[-2]['speech']['words']} words, test split"
+    assert f"| word error rate | {of} | {rows[-2]['speech']['wer']:.1%} |" in card
+    assert "debian package tuxpaint-stamps-default | GPL-2 |" in card
+    delta.write(tmp_path / "run" / align.FILE, {}, {"steps": "5"})
+    with pytest.raises(ValueError, match=r"scores\.jsonl lacks scores of omni-small\.safetensors as it is"):
+        publish(tmp_path / "run", align.FILE, tmp_path / "weights")
     monkeypatch.setattr(sys, "argv", ["align.py", "--minutes", "3", "--of", "2"])
     assert "minutes must be from 0 to those of the whole, got 3 of 2" in align.main()
 
