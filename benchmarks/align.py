@@ -112,11 +112,11 @@ class Training:
         thinker, processor = load_base(BASE, torch.float32)
         encoder, prompts = Encoder(processor), speech_records("train")
         self.speech = SpeechBank(encoder, plan.hours, device)
+        self.speech.add_recorded(prompts, self.rng)
         self.clips = ClipBank(TokenIds.from_config(thinker.config), processor.tokenizer.pad_token_id, device)
         maker = ClipMaker(encoder, stamps, seed=1 + self.starts)
         texts = Texts.load(prompts)
         self.makers = Makers(self.speech, self.clips, texts, maker, plan.clips, plan.workers, self.starts)
-        self.speech.add_recorded(prompts, self.rng)
         use_packed_attention(thinker)
         self.changes = Changes(thinker.to(device))
         if tensors:
