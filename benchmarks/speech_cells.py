@@ -16,7 +16,18 @@ log = logging.getLogger(__name__)
 
 SECONDS = {False: 30.0, True: 28.5}  # the longest clip, single or joined: Whisper's window, and nearly that
 # Measured before all others: the controls, our methods, and one of each other kind.
-FIRST = (*BASELINES, "ward", "ward-refined", "pooling", "atome", "ward:encoder", "atome:encoder", "stacking", "qformer")
+FIRST = (
+    *BASELINES,
+    "ward",
+    "ward-refined",
+    "pooling",
+    "atome",
+    "ward:encoder",
+    "atome:encoder",
+    "stacking",
+    "ward-refined:even",
+    "qformer",
+)
 
 Ratios = Sequence[float | None]
 
@@ -93,10 +104,12 @@ def speech_cells(
     return sorted((group for group in groups if group), key=_rank)
 
 
-def _rank(group: Sequence[Cell]) -> tuple[bool, int, int]:
-    method = group[0]["method"]
+def _rank(group: Sequence[Cell]) -> tuple[int, int, int]:
+    """Orders groups: `FIRST` with one seed, the other methods without training, the other seeds, then the rest."""
+    method, seed = group[0]["method"], group[0]["seed"]
     first = method in FIRST
-    return not first, group[0]["seed"] or 0, FIRST.index(method) if first else 0
+    tier = 0 if first and not seed else 1 if seed is None else 2 if first else 3
+    return tier, seed or 0, FIRST.index(method) if first else 0
 
 
 def _ratios(whisper: CompressedWhisper, method: str, keep_ratios: Sequence[float], seen: list[Any]) -> Ratios:

@@ -158,7 +158,7 @@ class SpeechTraining:
             [i * (ids.shape[1] - 1) + torch.arange(prompt - 1, len(x.ids) - 1) for i, x in enumerate(lessons)]
         )
         wanted = upload(torch.cat([lesson.ids[prompt:] for lesson in lessons]), device)
-        states = whisper.follow(heard, upload(ids[:, :-1], device)).flatten(0, 1)
+        states = whisper.follow(heard, upload(ids[:, :-1].contiguous(), device)).flatten(0, 1)
         states = states.index_select(0, upload(places, device))
         said = functional.log_softmax(whisper.model.proj_out(states).float(), dim=1)  # [R, V]
         with torch.no_grad():
@@ -200,7 +200,7 @@ class SpeechTraining:
         ids = whisper.texts([transcript.text for transcript in written], languages)
         with self._autocast():
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, :-1]
-            states = whisper.follow(heard, upload(padded, features.device))
+            states = whisper.follow(heard, upload(padded.contiguous(), features.device))
         dtype = torch.bfloat16 if features.is_cuda else torch.float32
         return [
             Lesson(own.to(dtype), x, state[: len(x) - 1].to(dtype))

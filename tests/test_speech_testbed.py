@@ -233,11 +233,13 @@ def test_greedy_decoding_is_that_of_transformers_whoever_ends_when(whisper, rows
 
 
 @torch.no_grad()
-def test_clips_of_several_languages_are_written_together(whisper):
+def test_clips_of_several_languages_are_written_together(whisper, monkeypatch):
     heard = whisper.hear(*whisper.features(sounds()))
     together = whisper.transcribe(heard, ["en", "fr", "en"])
     english, french = (whisper.transcribe(heard, language) for language in ("en", "fr"))
     assert together == [english[0], french[1], english[2]]
+    monkeypatch.setattr(models_whisper, "KEYS_AT_ONCE", 2 * TOKENS)
+    assert whisper.transcribe(heard, ["en", "fr", "en"]) == together, "and two by two"
 
 
 @torch.no_grad()
