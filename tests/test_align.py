@@ -220,7 +220,7 @@ def test_training_learns_both(thinker, aligner, speech, clips):
     steps = Steps(aligner.train(), changes)
     rng = random.Random(0)
     first: dict[str, float] = {}
-    for i in range(30):
+    for i in range(18):
         for batch in (speech.batch(rng, 500), clips.batch(rng, 2_000)):
             losses = steps(batch, 3.0, towers_only=i < 3)
             for name, loss in losses.items():
