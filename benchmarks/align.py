@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -214,7 +215,7 @@ def measure(
     model, processor = aligned(BASE, folder / FILE, device)
     about = delta.read(folder / FILE)[1]
     row = environment(device, args.commit) | {"weights": about}
-    for split in ("validation", "test"):
+    for split in ("validation", "test") if args.test_prompts != 0 else ():
         yield row | {"speech": speech_scores(model, processor, split, args.test_prompts)}
     if args.test_clips:
         workers = args.workers if device.type == "cuda" else 0
@@ -233,7 +234,7 @@ def parser() -> Parser:
     made.add_argument("--workers", type=int, default=12, help="processes that make speech and clips")
     made.add_argument("--steps", type=int, default=None, help="stop after so many, even before the minutes are over")
     made.add_argument("--compile", action="store_true", help="compile what is slow without: half a minute, once")
-    made.add_argument("--test-prompts", type=int, default=None, help="at most so many of each split are transcribed")
+    made.add_argument("--test-prompts", type=int, default=None, help="transcribed of each split, at most; 0 for none")
     made.add_argument("--test-clips", type=int, default=40, help="of the time testbed to ask about; 0 for none")
     made.add_argument(
         "--publish", action="store_true", help="train and measure nothing, put what is there into models/"
@@ -290,4 +291,5 @@ def _summary(row: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end ends its processes first
     sys.exit(main())
