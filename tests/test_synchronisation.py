@@ -27,6 +27,7 @@ ALLOWED = {
     "qformer:mms-llama": 1,  # the rate of speech decides
     "sa-map": 1,  # the content decides how many groups there are
     "ward": 4,  # whether all rounds of joining are done, after every eight
+    "ward-refined": 4,  # as ward
     "ward:exact": 2,  # the programme runs on the CPU, and its result goes back
 }
 
