@@ -164,13 +164,6 @@ class CompressedOmni(nn.Module):
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=parts.LORA_TARGETS)
         parts.language_model(self.thinker).add_adapter(config)
 
-    def _fit_adapter_to_autocast(self) -> None:
-        """Leaves casting what LoRA reads to autocast, where that is on: PEFT would keep a copy in float32 for each."""
-        casts = not torch.is_autocast_enabled(self.device.type)
-        for module in parts.language_model(self.thinker).modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = casts
-
     def remove_adapter(self) -> None:
         """Takes LoRA out of the LLM again, if it is there: its modules are those from before."""
         language_model = parts.language_model(self.thinker)
@@ -439,8 +432,6 @@ class CompressedOmni(nn.Module):
             merged = torch.stack([inputs.layout.kind == kind for kind in asking]).any(dim=0)
             key_bias = size_bias(inputs.sizes, merged)
         sections = None if self.compressor is None else self.compressor.rope_sections
-        if self.adapter is not None:
-            self._fit_adapter_to_autocast()
         with biased_llm(language_model, key_bias), rope_sections(language_model, sections):
             yield language_model
 
