@@ -35,6 +35,7 @@ from audiopress.data.rendering import render
 from audiopress.data.speech import folder_records, split_of
 from audiopress.data.timeline import plan
 from audiopress.models import CompressedOmni, delta
+from audiopress.models.fast import compile_layers
 from audiopress.models.layout import TokenIds
 from audiopress.models.packages import digest
 from audiopress.models.packed import use_packed_attention
@@ -353,3 +354,28 @@ def test_a_step_in_half_precision(thinker, aligner, speech, clips):
     assert all(tensor.dtype == torch.float32 for tensor in changes.tensors().values())
     still = [n for n, tensor in changes.tensors().items() if torch.equal(tensor, before[n])]
     assert not [name for name in still if not name.endswith(delta.DOWN)]
+
+
+def test_compiled_parts_learn_the_same(thinker, aligner, speech, clips):
+    """One compilation serves all batches; what is compiled forward is compiled backward as well."""
+    changes = Changes(thinker)
+    changes.write()
+    batches = [speech.batch(random.Random(0), 2000), clips.batch(random.Random(0), 2000)]
+
+    def learn(batch):
+        torch.manual_seed(0)  # of the masks and of CTC's other words
+        losses = aligner.train()(batch, towers_only=False)
+        torch.stack(list(losses.values())).sum().backward()
+        found = {name: p.grad for name, p in thinker.named_parameters() if p.grad is not None}
+        for parameter in thinker.parameters():
+            parameter.grad = None
+        return losses, found
+
+    want = [learn(batch) for batch in batches]
+    compile_layers(thinker, backend="aot_eager")
+    for batch, (losses, gradients) in zip(batches, want, strict=True):
+        again, found = learn(batch)
+        torch.testing.assert_close(again, losses)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
