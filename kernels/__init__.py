@@ -8,7 +8,7 @@ from .packed import clip_ids, offsets, positions, tally, unfold, upload
 from .received import attention_received
 from .segment import segment_centres, segment_mean, segment_merge, segment_reduce, segment_softmax
 from .select import TIE, adjacent_cosine, evenly, most_alike, pad_clips, top_k, unpad_clips
-from .ward import ward_exact, ward_greedy
+from .ward import move_boundaries, ward_exact, ward_greedy
 
 __all__ = [
     "TIE",
@@ -24,6 +24,7 @@ __all__ = [
     "merge_chains",
     "merge_pairs",
     "most_alike",
+    "move_boundaries",
     "nest_runs",
     "offsets",
     "pad_clips",

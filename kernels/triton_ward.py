@@ -1,9 +1,12 @@
-"""Triton kernels of `ward_heights`: a round of joins is three launches, and what it finds stays on the GPU.
+"""Triton kernels of `ward_heights` and `move_boundaries`; what they find stays on the GPU.
 
-The runs of a clip lie packed from the clip's first token on. `_decide`, a program for each clip, finds the local
-minima, joins them and packs the runs that are left into a second set of arrays; it lists the joins, whose means
-`_join_means` then moves, and the pairs that `_pair_costs` is to look at again. Lists are filled in any order: nothing
-depends on it.
+A round of joins is three launches. The runs of a clip lie packed from the clip's first token on. `_decide`, a program
+for each clip, finds the local minima, joins them and packs the runs that are left into a second set of arrays; it lists
+the joins, whose means `_join_means` then moves, and the pairs that `_pair_costs` is to look at again. Lists are filled
+in any order: nothing depends on it.
+
+Half a sweep of moves is one launch of `_move_cuts`, a program for each boundary, which walks along the two runs beside
+it: it takes as long as the longest two.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from .packed import bounds
 # Guesses:
 BLOCK, WARPS = 2048, 8  # runs at once in `_decide`
 PROGRAMS, CHUNK, ROW_WARPS = 1024, 1024, 4  # of the two that go over rows
+CUT_WARPS = 8  # of the one that holds sums of rows as wide as the tokens
 ROUNDS = 8  # from one look at whether all is done to the next: a look costs about as much as a round too many
 
 
@@ -194,3 +198,76 @@ def ward_heights(embeds: Tensor, weights: Tensor, lengths: Sequence[int]) -> Ten
             old, new = new, old
         if int(counters[-1, 0]) == 0:
             return heights
+
+
+@triton.jit(do_not_specialize=["turn"])
+def _move_cuts(embeds, weights, edges, places, moved, turn, no_gain, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Moves the boundary after a run, in its turn; the two beside it have theirs in the next."""
+    edge = tl.program_id(0) + 1
+    place = tl.load(places + edge)  # of the run after it; 0 begins a clip
+    if (place == 0) | ((place + turn) % 2 == 0):
+        return
+    start, old, end = tl.load(edges + edge - 1), tl.load(edges + edge), tl.load(edges + edge + 1)
+    again = (tl.load(moved + edge - 1) != 0) | (tl.load(moved + edge + 1) != 0) | (turn < 2)
+    tl.store(moved + edge, 0)
+    if (end - start < 3) | ~again:
+        return
+    column = tl.arange(0, BLOCK)
+    row = embeds + start * WIDTH + column
+    first = tl.load(row, mask=column < WIDTH, other=0).to(tl.float32)
+    size = (end - start).to(tl.int32)
+
+    weight = tl.zeros([], tl.float64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for t in range(0, size):
+        w = tl.load(weights + start + t)
+        x = tl.load(row, mask=column < WIDTH, other=0).to(tl.float32)
+        row += WIDTH
+        weight += w
+        total += (x - first) * w.to(tl.float32)
+    mean = total / weight.to(tl.float32)
+
+    row = embeds + start * WIDTH + column
+    before = tl.zeros([], tl.float64)
+    total = tl.zeros([BLOCK], tl.float32)
+    best = tl.zeros([], tl.float64)
+    now = tl.zeros([], tl.float64)
+    new = old
+    for t in range(0, size - 1):
+        w = tl.load(weights + start + t)
+        x = tl.load(row, mask=column < WIDTH, other=0).to(tl.float32)
+        row += WIDTH
+        before += w
+        total += (x - first - mean) * w.to(tl.float32)
+        squares = tl.sum(total * total, axis=0).to(tl.float64)
+        gain = squares * weight / (before * (weight - before))
+        here = start + t + 1
+        now = tl.where(here == old, gain, now)
+        new = tl.where(gain > best, here, new)
+        best = tl.maximum(best, gain)
+    if best > now * (1 + no_gain):
+        tl.store(edges + edge, new)
+        tl.store(moved + edge, 1)
+
+
+def move_boundaries(
+    embeds: Tensor, weights: Tensor, edges: Tensor, places: Tensor, sweeps: int, no_gain: float
+) -> Tensor:
+    """Moves `edges` `[M + 1]` int64, where runs begin and the last ends, in place; `places` `[M]` of runs in clips."""
+    embeds, weights = embeds.detach().contiguous(), weights.detach().double().contiguous()
+    moved = torch.zeros_like(edges, dtype=torch.int8)
+    width = embeds.shape[1]
+    for turn in range(2 * sweeps):
+        _move_cuts[(len(places) - 1,)](
+            embeds,
+            weights,
+            edges,
+            places,
+            moved,
+            turn,
+            no_gain,
+            WIDTH=width,
+            BLOCK=triton.next_power_of_2(width),
+            num_warps=CUT_WARPS,
+        )
+    return edges

@@ -49,6 +49,7 @@ class Case:
 
 
 MLP = {"mlp_size": 16}
+PARTS = {"norm_preserving": True, "proportional_attention": True}
 REFINED = {"width": 8, "heads": 2, "layers": 1}
 OSUM = {"ffn_size": 16}
 SIFT = {"width": 8, "heads": 2}
@@ -78,6 +79,7 @@ ALL_CASES = [
     Case("pooling", {"k": 3}),
     Case("pooling", {"k": 5, "tail": "drop", "kind": "max"}, covers=False),
     Case("pooling", {"keep_ratio": 0.3, "source": "hidden"}, HIDDEN),
+    Case("pooling", {"keep_ratio": 0.4, **PARTS}),
     Case("pooling:qwen2-audio", {}, HIDDEN),
     Case("pooling:qwen2-audio", {"k": 5, "kind": "attentive"}, HIDDEN),
     Case("pooling:qwen2.5-omni"),
@@ -102,21 +104,26 @@ ALL_CASES = [
     Case("atome:encoder", {"layers": 2}, KEYS),
     Case("atome", {"stage": "encoder", "layers": (0,), "keep_ratio": 0.2, "pairs": "all-adjacent", "average": "plain"}),
     Case("atome", {"stage": "encoder", "layers": 1, "threshold": 0.1, "proportional_attention": True}),
+    Case("atome:encoder", {"layers": 2, **PARTS}, KEYS),
     Case("atome", compares=True),
     Case("atome", {"keep_ratio": 0.1, "proportional_attention": True}, compares=True),
+    Case("atome", {"keep_ratio": 0.2, **PARTS}, compares=True),
     Case("atome", {"keep_ratio": 0.3, "metric": "keys", "pairs": "all-adjacent"}, KEYS, compares=True),
     Case("atome", {"keep_ratio": 0.6, "metric": "keys", "key_heads": 2, "average": "plain"}, KEYS, compares=True),
     Case("atome", {"threshold": 0.1, "keep_ratio": 0.9}, compares=True),
     Case("atome", {"threshold": 0.2, "pairs": "all-adjacent", "rounds": 3}, compares=True),
     Case("fastadasp", {}, KEYS | ATTENTION, compares=True),
     Case("fastadasp", {"keep_ratio": 0.1, "metric": "features", "weights": "none"}, compares=True),
+    Case("fastadasp", {"keep_ratio": 0.3, **PARTS}, KEYS | ATTENTION, compares=True),
     Case("affinity", compares=True),
     Case("affinity", {"threshold": 0.1, "window": 3}, compares=True),
     Case("affinity", {"keep_ratio": 0.2, "window": 2, "metric": "keys"}, KEYS, compares=True),
+    Case("affinity", {"keep_ratio": 0.3, **PARTS}, compares=True),
     Case("affinity:aggressive", compares=True),
     Case("affinity:conservative", {"keep_ratio": 0.3}, compares=True),
     Case("fastlongspeech", compares=True),
     Case("fastlongspeech", {"keep_ratio": 0.1, "weights": "none", "average": "size"}, compares=True),
+    Case("fastlongspeech", {"keep_ratio": 0.3, **PARTS}, compares=True),
     Case("fastlongspeech:l400", {"metric": "keys"}, KEYS, compares=True),
     Case("fastlongspeech:l200", compares=True),
     Case("qformer", QFORMER),
@@ -169,8 +176,10 @@ ALL_CASES = [
     Case("pooling+stacking", {"pooling": {"keep_ratio": 0.6}, "stacking": {"k": 3, **MLP}}),
     Case("conv:osum+uniform-stride", {"conv": OSUM, "uniform-stride": {"keep_ratio": 0.3}}, HIDDEN, covers=False),
     Case("ward:encoder", {"keep_ratio": 0.3}),
+    Case("ward", {"stage": "encoder", "weights": "attention"}, ATTENTION),
     Case("ward", {"stage": "encoder", "layers": [1], "weights": "attention", "segmentation": "exact"}, ATTENTION),
     Case("ward", {"keep_ratio": 0.5}, compares=True),
+    Case("ward", {"segmentation": "greedy"}, compares=True),
     Case("ward", {"keep_ratio": 0.1, "norm_preserving": False, "normalize": True}, compares=True),
     Case("ward", {"weights": "attention"}, frozenset({"encoder_attention"}), compares=True),
     Case("ward:exact", compares=True),

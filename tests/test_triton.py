@@ -6,6 +6,7 @@ of its own.
 
 import itertools
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from audiopress.kernels import (
     gather_rows,
     greedy_map,
     most_alike,
+    move_boundaries,
     segment_mean,
     segment_merge,
     top_k,
     ward_greedy,
 )
 from audiopress.kernels.greedy import Clip
+from audiopress.kernels.segment import segment_reduce
 from audiopress.kernels.select import TIE
 from audiopress.kernels.ward import ward_heights
 
@@ -39,6 +42,8 @@ DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, tor
 WIDTHS = [96, 33] if INTERPRETED else [3584, 2048, 1280, 576, 96, 33]
 CLIPS = (0, 1, 2, 7, 23, 1) if INTERPRETED else (0, 1, 2, 13, 127, 300, 1)  # to choose from greedily
 LENGTHS = (0, 1, 2, 0, 7, 1) if INTERPRETED else (0, 1, 2, 0, 13, 127, 750, 6422, 1)
+
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on; Linux's
 
 on_device = pytest.mark.gpu if not INTERPRETED else lambda test: test
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,6 +60,10 @@ def poisoned():
 
 def randn(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def whole(numbers):
+    return torch.tensor(numbers, device=DEVICE)
 
 
 def runs(rows, seed=0):
@@ -320,6 +329,56 @@ def test_ward_heights(width, dtype, small_ward):
             assert torch.equal(ward_heights(*parts[:2], (len(parts[0]),), "triton"), parts[2])
 
 
+def moved_in_fp64(embeds, weights, lengths, counts, sweeps):
+    found = []
+    for tokens, sizes, runs in zip(embeds.split(lengths), weights.split(lengths), counts, strict=True):
+        cuts = [0, *itertools.accumulate(runs)]
+        for i in sweeps * [*range(1, len(runs), 2), *range(2, len(runs), 2)]:
+            start, now, end = cuts[i - 1 : i + 2]
+            x, w = tokens[start:end], sizes[start:end, None]
+            before = w.cumsum(0)[:-1, 0]
+            sums = (w * (x - (w * x).sum(0) / w.sum())).cumsum(0)[:-1]
+            gains = sums.square().sum(1) / (before * (w.sum() - before))
+            if gains.max() > gains[now - start - 1] * (1 + 1e-6):
+                cuts[i] = start + 1 + int(gains.argmax())
+        found += [b - a for a, b in itertools.pairwise(cuts)]
+    return torch.tensor(found)
+
+
+def variance(embeds, weights, counts):
+    means = segment_reduce(weights[:, None] * embeds, "sum", counts) / segment_reduce(weights, "sum", counts)[:, None]
+    return float((weights[:, None] * (embeds - means.repeat_interleave(counts, dim=0)).square()).sum())
+
+
+@on_device
+@each_dtype
+@pytest.mark.parametrize("width", [33] if INTERPRETED else [3584, 1280, 33])
+def test_move_boundaries(width, dtype):
+    lengths = (*LENGTHS, 23)
+    budget = [-(-n // 4) for n in lengths]
+    embeds = randn(sum(lengths), 2 * width, dtype=dtype)[:, ::2]
+    weights = (randn(2 * sum(lengths), seed=1).abs() + 0.1)[::2]
+    counts = ward_greedy(embeds, weights, lengths, budget, backend="torch")
+    found, plain = (move_boundaries(embeds, weights, lengths, counts, 2, b).cpu() for b in ("triton", "torch"))
+    embeds, weights, counts = embeds.cpu().double(), weights.cpu().double(), counts.cpu()
+    want = moved_in_fp64(embeds, weights, lengths, [runs.tolist() for runs in counts.split(budget)], 2)
+    # Not the same numbers: of thousands of boundaries two places may be all but equal.
+    start, *ends = (variance(embeds, weights, c) for c in (counts, want, found, plain))
+    assert ends[0] < 0.999 * start
+    assert ends == pytest.approx([ends[0]] * 3, rel=1e-5)
+    for c in (found, plain):
+        assert [int(runs.sum()) for runs in c.split(budget)] == list(lengths)
+        assert (c > 0).all()
+
+
+@on_device
+def test_boundaries_of_equal_tokens_stay():
+    lengths, counts = (9, 14), torch.tensor([4, 5, 1, 2, 11], device=DEVICE)
+    for tokens in (torch.full((23, 8), 0.1, device=DEVICE), torch.zeros(23, 8, device=DEVICE)):
+        found = move_boundaries(tokens, tokens.new_ones(23), lengths, counts, backend="triton")
+        assert torch.equal(found, counts)
+
+
 @on_device
 def test_ward_heights_of_equal_costs(small_ward):
     lengths, budget = (0, 9, 1, 14), (0, 2, 1, 5)
@@ -546,6 +605,75 @@ def test_nothing_waits_for_the_gpu():
         torch.autograd.grad([cosine, mean, rows], embeds, [torch.ones_like(x) for x in (cosine, mean, rows)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def far():
+    """Gives a function that spreads a tensor over memory, so that its ends are more than 2^31 numbers apart."""
+    torch.use_deterministic_algorithms(False)  # what is never touched takes no memory, if nothing fills it
+    numbers = 2**33
+    if INTERPRETED:
+        lazy = mmap.mmap(-1, 2 * numbers, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+        memory = torch.frombuffer(lazy, dtype=torch.float16)
+    else:
+        memory = torch.empty(numbers, dtype=torch.float16, device=DEVICE)
+
+    def spread(x, dim):
+        strides = list(x.stride())
+        strides[dim] = 2**31 // (x.shape[dim] - 1) + 32
+        assert strides[dim] < 2**31 < strides[dim] * (x.shape[dim] - 1) < numbers - 2**20
+        return memory.as_strided(x.shape, strides).copy_(x)
+
+    return spread
+
+
+@on_device
+def test_offsets_beyond_32_bits(far):
+    """A stride fits into 32 bits, and a number of them does not; a kernel that multiplies in 32 reads elsewhere."""
+    x = randn(6, 96, dtype=torch.float16)
+    slots, weights, counts = torch.arange(6, device=DEVICE), randn(6, seed=1).abs() + 0.1, whole([2, 3, 1])
+    index = whole([5, -1, 0, 3])
+    grad = randn(3, 96, seed=2, dtype=torch.float16)
+
+    def merged(embeds):
+        with torch.enable_grad():
+            embeds, sizes = embeds.detach().requires_grad_(), weights.clone().requires_grad_()
+            mean = segment_merge(embeds, slots, sizes, counts, "triton")[0]
+        return mean, *torch.autograd.grad(mean, [embeds, sizes], grad)
+
+    def alike(embeds):
+        return most_alike(embeds, slots[1::2], (3,), slots[::2], (3,), "triton")
+
+    def cosine(embeds):
+        with torch.enable_grad():
+            embeds = embeds.detach().requires_grad_()
+            cosines = adjacent_cosine(embeds, (6,), "triton")
+        return cosines, *torch.autograd.grad(cosines[:5].sum(), embeds)
+
+    for run in (merged, alike, cosine, lambda embeds: [gather_rows([embeds, embeds], index, "triton")]):
+        for near, found in zip(run(x), run(far(x, 0)), strict=True):
+            assert torch.equal(near, found), run
+
+
+@on_device
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "heads"])
+@pytest.mark.parametrize("rows", [20, 200])  # of one tile, and of several
+def test_received_attention_beyond_32_bits(far, dim, rows):
+    q, k = randn(rows, 3, 16, dtype=torch.float16), randn(rows, 3, 16, dtype=torch.float16, seed=1)
+    near = attention_received(q, k, (rows,), 0.25, backend="triton")
+    assert torch.equal(attention_received(far(q, dim), k, (rows,), 0.25, backend="triton"), near)
+    assert torch.equal(attention_received(q, far(k, dim), (rows,), 0.25, backend="triton"), near)
+
+
+@on_device
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "heads", "rows"])
+def test_causal_attention_beyond_32_bits(far, dim):
+    parts = [randn(3, 3, 200, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    bias = randn(3, 200, seed=3)
+    near = causal_attention(*parts, bias, 0.25, "triton")
+    for i, part in enumerate(parts):
+        moved = [*parts[:i], far(part, dim), *parts[i + 1 :]]
+        assert torch.equal(causal_attention(*moved, bias, 0.25, "triton"), near)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on the CPU")

@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 
 from audiopress import TokenStream, build
-from audiopress.kernels import ward_exact, ward_greedy
+from audiopress.kernels import move_boundaries, ward_exact, ward_greedy
 from audiopress.kernels.ward import segment_costs, ward_heights
 
 from .compression_cases import HIDDEN_SIZE, make_inputs, make_stream
 
 LENGTHS = (7, 0, 23, 1, 2, 13)
-BOTH = pytest.mark.parametrize("segment", [ward_greedy, ward_exact])
 
 
 def make(keep_ratio: float, **options):
     return build("ward", hidden_size=HIDDEN_SIZE, keep_ratio=keep_ratio, **options)
+
+
+def ward_adjusted(embeds: Tensor, weights: Tensor, lengths, budget, pooled: bool = False) -> Tensor:
+    return move_boundaries(embeds, weights, lengths, ward_greedy(embeds, weights, lengths, budget, pooled))
+
+
+EACH = pytest.mark.parametrize("segment", [ward_greedy, ward_adjusted, ward_exact])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -65,6 +71,17 @@ def agglomerate(embeds: Tensor, k: int, weights: Tensor) -> list[int]:
     return [len(run) for run in runs]
 
 
+def moved(embeds: Tensor, counts: list[int], weights: Tensor) -> list[int]:
+    """One sweep, a boundary after the other, each tried everywhere between its neighbours."""
+    cuts = [0, *itertools.accumulate(counts)]
+    for i in [*range(1, len(counts), 2), *range(2, len(counts), 2)]:
+        start, end = cuts[i - 1], cuts[i + 1]
+        costs = [cost(embeds[start:end], [cut - start, end - cut], weights[start:end]) for cut in range(start + 1, end)]
+        if min(costs) < costs[cuts[i] - start - 1]:
+            cuts[i] = start + 1 + costs.index(min(costs))
+    return [b - a for a, b in itertools.pairwise(cuts)]
+
+
 # The segmentations ------------------------------------------------------------------------------------------------
 
 
@@ -104,11 +121,55 @@ def test_greedy_is_sequential_agglomeration(seed):
 
 
 @pytest.mark.parametrize("keep_ratio", [0.5, 0.25, 0.1])
-def test_greedy_is_near_the_optimum(keep_ratio):
+def test_greedy_is_near_the_optimum_and_adjusted_nearer(keep_ratio):
     embeds, k = walk(400, 16), int(400 * keep_ratio)
-    best = cost(embeds, alone(ward_exact, embeds, k))
+    best, adjusted, greedy = (cost(embeds, alone(s, embeds, k)) for s in (ward_exact, ward_adjusted, ward_greedy))
     even = [(i + 1) * 400 // k - i * 400 // k for i in range(k)]
-    assert best < cost(embeds, alone(ward_greedy, embeds, k)) < 1.07 * best < cost(embeds, even)
+    assert best < adjusted < greedy < 1.07 * best < cost(embeds, even)
+    assert adjusted - best < 0.7 * (greedy - best)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 12])
+def test_a_single_boundary_is_moved_to_the_best_of_all_places(n):
+    embeds, weights = walk(n, 3), random(n).exp()
+    for start in segmentations(n, 2):
+        found = move_boundaries(embeds, weights, (n,), torch.tensor(start), sweeps=1)
+        assert found.tolist() == min(segmentations(n, 2), key=lambda counts: cost(embeds, counts, weights))
+
+
+@pytest.mark.parametrize("sweeps", [0, 1, 2, 8])
+@pytest.mark.parametrize("embeds", [walk(60), random(60, 8)], ids=["walk", "noise"])
+def test_boundaries_move_as_they_do_one_by_one(embeds, sweeps):
+    weights = random(60, seed=1).exp()
+    for k in (1, 2, 5, 20, 45, 60):
+        counts = [(i + 1) * 60 // k - i * 60 // k for i in range(k)]
+        found = move_boundaries(embeds, weights, (60,), torch.tensor(counts), sweeps).tolist()
+        for _ in range(sweeps):
+            before, counts = counts, moved(embeds, counts, weights)
+            assert cost(embeds, counts, weights) <= cost(embeds, before, weights)
+        assert found == counts
+
+
+def test_boundaries_of_packed_clips_move_inside_them():
+    embeds, weights, budget = walk(sum(LENGTHS), 5), random(sum(LENGTHS)).exp(), (3, 0, 6, 1, 2, 4)
+    counts = torch.cat([torch.tensor([n - k + 1] + [1] * (k - 1)) for n, k in zip(LENGTHS, budget, strict=True) if k])
+    found = move_boundaries(embeds, weights, LENGTHS, counts)
+    assert not torch.equal(found, counts)
+    per_clip = zip(LENGTHS, embeds.split(LENGTHS), weights.split(LENGTHS), counts.split(budget), strict=True)
+    for (n, x, w, start), end in zip(per_clip, found.split(budget), strict=True):
+        assert torch.equal(end, move_boundaries(x, w, (n,), start))
+        assert end.sum() == n
+        assert (end > 0).all()
+
+
+def test_of_equal_places_a_boundary_keeps_its_own_or_takes_the_earliest():
+    ones = torch.ones(9)
+    for start in ([1, 8], [4, 5], [3, 1, 5]):
+        assert move_boundaries(torch.full((9, 3), 0.1), ones, (9,), torch.tensor(start)).tolist() == start
+    either = torch.tensor([0.0, 1.0, 0.0])[:, None]  # one token off at either side
+    assert move_boundaries(either, ones[:3], (3,), torch.tensor([2, 1])).tolist() == [2, 1]
+    four = torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None]
+    assert move_boundaries(four, ones[:4], (4,), torch.tensor([2, 2])).tolist() == [1, 3]
 
 
 def test_what_is_still_does_not_cost_what_moves_a_token():
@@ -123,7 +184,7 @@ def test_a_smaller_budget_joins_further():
     assert all(fewer < more for fewer, more in itertools.pairwise(boundaries))
 
 
-@BOTH
+@EACH
 def test_more_runs_cost_less(segment):
     embeds = walk(60)
     costs = [cost(embeds, alone(segment, embeds, k)) for k in range(1, 61)]
@@ -131,14 +192,14 @@ def test_more_runs_cost_less(segment):
     assert costs[-1] == 0
 
 
-@BOTH
+@EACH
 def test_a_large_common_offset_changes_nothing(segment):
     far = walk(200, 600) + 1000  # rounded to what float32 holds there, and back again without a loss
     for k in (20, 50, 100):
         assert alone(segment, far, k) == alone(segment, far - 1000, k) == alone(segment, far.double() - 1000, k)
 
 
-@BOTH
+@EACH
 def test_budgets_of_packed_clips(segment):
     embeds, budget = random(sum(LENGTHS), 5), (3, 0, 6, 1, 2, 1)
     counts = segment(embeds, torch.ones(len(embeds)), LENGTHS, budget).split(budget)
@@ -146,7 +207,7 @@ def test_budgets_of_packed_clips(segment):
         assert found.tolist() == (alone(segment, clip, k) if k else [])
 
 
-@BOTH
+@EACH
 def test_no_clips_and_empty_clips(segment):
     for lengths in ((), (0,), (0, 0)):
         assert segment(torch.empty(0, 4), torch.empty(0), lengths, lengths).tolist() == []
@@ -172,7 +233,7 @@ def test_an_hour_of_silence_takes_few_rounds(monkeypatch):
     assert (heights[1:] < 1e-300).all()
 
 
-@BOTH
+@EACH
 def test_duplicates_and_zeros_are_joined_first(segment):
     embeds = random(6, 4).repeat_interleave(torch.tensor([1, 3, 1, 2, 4, 1]), dim=0)
     embeds[4] = 0
@@ -182,7 +243,7 @@ def test_duplicates_and_zeros_are_joined_first(segment):
 # One budget for the batch -----------------------------------------------------------------------------------------
 
 
-@BOTH
+@EACH
 def test_a_pooled_budget_goes_where_it_saves_most(segment):
     still, moving, k = 0.01 * random(30, 4), random(30, 4, seed=1), 31
     embeds = torch.cat([still, moving])
@@ -199,7 +260,7 @@ def test_the_exact_pooled_budget_is_the_best_of_all():
     assert ward_exact(embeds, torch.ones(9), lengths, budget, pooled=True).tolist() == list(best)
 
 
-@pytest.mark.parametrize("segmentation", ["greedy", "exact"])
+@pytest.mark.parametrize("segmentation", ["greedy", "adjusted", "exact"])
 @pytest.mark.parametrize("keep_ratio", [0.01, 0.2, 0.7, 1])
 def test_the_total_of_a_batch_is_exact(segmentation, keep_ratio):
     pooled, own = (make(keep_ratio, segmentation=segmentation, budget=budget) for budget in ("batch", "clip"))
@@ -250,7 +311,7 @@ def test_tokens_that_cancel_give_a_finite_token_and_gradient():
     assert embeds.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("segmentation", ["greedy", "exact"])
+@pytest.mark.parametrize("segmentation", ["greedy", "adjusted", "exact"])
 def test_a_token_of_size_n_counts_as_n_tokens(segmentation):
     sizes = torch.tensor([1, 4, 2, 1, 3, 1, 5, 2])
     embeds = walk(8, HIDDEN_SIZE)
