@@ -12,9 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import pad_clips, positions, segment_centres, unfold, unpad_clips
+from ..kernels import positions, segment_centres, unfold
 from .base import CompressorConfig, Context, Sizes, check_choice, check_count, check_flag, check_number
 from .budget import window_budget
+from .clip_layers import ClipLayers
 from .frames import FrameCompressor, FrameConfig, fixed_windows
 from .registry import register
 from .stream import TokenStream
@@ -118,20 +119,13 @@ class ClipTransformer(nn.Module):
             raise ValueError(f"conv: the Transformer's width must be even and a multiple of heads={heads}, got {size}")
         self.embed = nn.Sequential(nn.Linear(size, size), nn.LayerNorm(size))
         self.dropout = nn.Dropout(dropout)
-        layer = nn.TransformerEncoderLayer(size, heads, ffn_size, dropout, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(size), enable_nested_tensor=False)
+        self.layers = ClipLayers(size, layers, heads, ffn_size, dropout, nn.ReLU)
 
     def forward(self, embeds: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Maps `[N, D]` to `[N, D]`; a clip attends to itself only."""
         x = self.embed(embeds)
         place = sinusoids(positions(lengths, x.device), x.shape[1])
-        x = self.dropout(x * math.sqrt(x.shape[1]) + place.to(x.dtype))
-        # Padding lives in here only; empty clips stay out, whose attention would have no key.
-        counts = [n for n in lengths if n]
-        if not counts:
-            return x
-        padded, real = pad_clips(x, counts)  # [C, T, D], [C, T]
-        return unpad_clips(self.layers(padded, src_key_padding_mask=~real), counts)
+        return self.layers(self.dropout(x * math.sqrt(x.shape[1]) + place.to(x.dtype)), lengths)
 
 
 @register("conv")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import clip_ids, offsets, pad_clips, positions, upload
+from ..kernels import clip_ids, offsets, pad_clips, positions, unpad_clips, upload
+from .clip_layers import ClipLayers
 
 FASTEST = 2.0  # rates are kept between the corpus' mean, 1, and this (arXiv 2503.11315)
 
@@ -34,8 +35,7 @@ class SpeechRate(nn.Module):
         self.place = nn.Conv1d(width, width, kernel_size=128, padding=64, groups=16)  # the paper's sizes
         self.token = nn.Parameter(torch.randn(width) * 0.02)
         # Without dropout: the number of queries must not be drawn anew at every step of training.
-        layer = nn.TransformerEncoderLayer(width, heads, ffn_size, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.layers = ClipLayers(width, layers, heads, ffn_size)
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.ones_(self.head.bias)
@@ -57,11 +57,13 @@ class SpeechRate(nn.Module):
         every_fourth = offsets(lengths)[clip_ids(counts)] + 4 * positions(counts)
         with torch.autocast(states.device.type, enabled=False):  # what it says is compared with whole numbers
             x = self.embed(states[upload(every_fourth, states.device)].to(self.token.dtype))
-            x, real = pad_clips(x, counts)  # [C, T, width], [C, T]
+            x, _ = pad_clips(x, counts)  # [C, T, width]
             x = x + functional.gelu(self.place(x.mT)[..., :-1]).mT
             x = torch.cat((self.token.expand(len(x), 1, -1), x), dim=1)
-            x = self.layers(x, src_key_padding_mask=~functional.pad(real, (1, 0), value=True))
-            return self.head(x[:, 0])[:, 0].float()
+            counts = [1 + n for n in counts]
+            x = self.layers(unpad_clips(x, counts), counts)
+            first = offsets(counts)[:-1]  # where the learned token is
+            return self.head(x[upload(first, x.device)])[:, 0].float()
 
 
 def relative_rates(words: Sequence[int], seconds: Sequence[float]) -> Tensor:

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels import pad_clips, unpad_clips
 from .base import Compressor, CompressorConfig, Context, Sizes, check_choice, check_count, check_number
+from .clip_layers import ClipLayers
 from .conv import sinusoids
 from .frames import even_windows
 from .merging import merge_runs
@@ -78,10 +78,7 @@ class WardRefined(Compressor):
         self.ward = Ward(WardConfig(keep_ratio=options.keep_ratio), sizes)
         self.norm = nn.LayerNorm(sizes.hidden_size)
         self.read = nn.Linear(options.points * sizes.hidden_size + 1, width)
-        layer = nn.TransformerEncoderLayer(
-            width, options.heads, 4 * width, options.dropout, "gelu", batch_first=True, norm_first=True
-        )
-        self.mix = nn.TransformerEncoder(layer, options.layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.mix = ClipLayers(width, options.layers, options.heads, 4 * width, options.dropout)
         self.write = nn.Linear(width, sizes.hidden_size)
         nn.init.normal_(self.write.weight, std=NEARLY_ZERO)
         nn.init.zeros_(self.write.bias)
@@ -102,11 +99,7 @@ class WardRefined(Compressor):
         points = self.norm(resample(stream.embeds, counts, self.config.points)).flatten(1)  # [M, P * D]
         read = self.read(torch.cat([points, merged.sizes.log()[:, None].to(points.dtype)], dim=1))
         read = read + sinusoids(merged.slots, read.shape[1]).to(read.dtype)
-        lengths = [n for n in budget if n]  # a clip without tokens would have attention without keys
-        if lengths:
-            padded, real = pad_clips(read, lengths)
-            read = unpad_clips(self.mix(padded, src_key_padding_mask=~real), lengths)
-        return merged.replace(embeds=merged.embeds + self.write(read))
+        return merged.replace(embeds=merged.embeds + self.write(self.mix(read, budget)))
 
 
 def resample(embeds: Tensor, counts: Tensor, points: int) -> Tensor:

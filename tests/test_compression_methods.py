@@ -175,7 +175,7 @@ def test_osum():
             for i in range(0, ENCODER_SIZE, 2):
                 x[t, i] += math.sin(t / 10000 ** (i / ENCODER_SIZE))
                 x[t, i + 1] += math.cos(t / 10000 ** (i / ENCODER_SIZE))
-        return osum.project(osum.transformer.layers(x[None])[0])
+        return osum.project(osum.transformer.layers(x, (len(x),)))
 
     with torch.no_grad():
         check_conv(osum, reference)
