@@ -50,15 +50,17 @@ def _attend(
     COLUMNS: tl.constexpr,
 ):
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    query += batch.to(tl.int64) * q_batch + head * q_head
-    key += batch.to(tl.int64) * k_batch + head // group * k_head
-    value += batch.to(tl.int64) * v_batch + head // group * v_head
-    bias += batch.to(tl.int64) * length
+    place = tl.program_id(1).to(tl.int64)  # offsets may be beyond 2^31
+    batch, head = place // heads, place % heads
+    query += batch * q_batch + head * q_head
+    key += batch * k_batch + head // group * k_head
+    value += batch * v_batch + head // group * v_head
+    bias += batch * length
     row, column, channel = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, SIZE)
     q = tl.load(query + row.to(tl.int64)[:, None] * q_row + channel[None, :], mask=(row < length)[:, None], other=0)
     key += channel[:, None] + column.to(tl.int64)[None, :] * k_row
     value += column.to(tl.int64)[:, None] * v_row + channel[None, :]
+    step = tl.full([], COLUMNS, tl.int64)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, SIZE], tl.float32)
@@ -66,8 +68,8 @@ def _attend(
     for first in range(0, whole, COLUMNS):
         logits = tl.dot(q, tl.load(key), input_precision="ieee") * scale + tl.load(bias + first + column)[None, :]
         peak, total, mixed = _mix(logits, tl.load(value), peak, total, mixed)
-        key += COLUMNS * k_row
-        value += COLUMNS * v_row
+        key += step * k_row
+        value += step * v_row
     for first in range(whole, tl.minimum(length, (tile + 1) * ROWS), COLUMNS):
         at = first + column
         inside = at < length
@@ -75,9 +77,9 @@ def _attend(
         logits = tl.dot(q, k, input_precision="ieee") * scale + tl.load(bias + at, mask=inside, other=0)[None, :]
         logits = tl.where((at[None, :] <= row[:, None]) & inside[None, :], logits, float("-inf"))
         peak, total, mixed = _mix(logits, tl.load(value, mask=inside[:, None], other=0), peak, total, mixed)
-        key += COLUMNS * k_row
-        value += COLUMNS * v_row
-    target = out + (tl.program_id(1).to(tl.int64) * length + row)[:, None] * SIZE + channel[None, :]
+        key += step * k_row
+        value += step * v_row
+    target = out + (place * length + row)[:, None] * SIZE + channel[None, :]
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(row < length)[:, None])
 
 

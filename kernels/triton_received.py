@@ -30,7 +30,7 @@ NOTHING = tl.constexpr(-1e30)  # below the logarithm of any weight, and finite: 
 def _load(x, row, n, stride, SIZE: tl.constexpr, PADDED: tl.constexpr):
     column = tl.arange(0, PADDED)
     mask = (row < n)[:, None] & (column < SIZE)[None, :]
-    return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0)
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _rows(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     block, tile = tl.program_id(0) // tiles, tiles - 1 - tl.program_id(0) % tiles  # if causal, long rows first
     start = tl.load(blocks + block).to(tl.int64)
     n = (tl.load(blocks + block + 1) - start).to(tl.int32)
@@ -135,7 +135,7 @@ def _columns(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     start = tl.load(blocks + block).to(tl.int64)
     n = (tl.load(blocks + block + 1) - start).to(tl.int32)
@@ -189,7 +189,7 @@ def _blocks(
     LOG: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     start = tl.load(blocks + tl.program_id(0)).to(tl.int64)
     n = (tl.load(blocks + tl.program_id(0) + 1) - start).to(tl.int32)
     at = tl.arange(0, TILE)

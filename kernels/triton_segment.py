@@ -47,7 +47,7 @@ def _forward(
         summed = tl.zeros([CHUNK], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for first in range(stop - count, stop, ROWS):
-            row = first + tl.arange(0, ROWS)
+            row = (first + tl.arange(0, ROWS)).to(tl.int64)
             here = row < stop
             weight = tl.load(weights + row, mask=here, other=0).to(tl.float32)
             weight = tl.where(here & (count == 1), 1.0, weight)  # a run of one row is that row, bit for bit
