@@ -3,7 +3,16 @@
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SUBPACKAGES = ("kernels", "compression", "models", "data", "benchmarks", "benchmarks.alignment")
+SUBPACKAGES = (
+    "kernels",
+    "compression",
+    "models",
+    "data",
+    "benchmarks",
+    "benchmarks.accuracy",
+    "benchmarks.alignment",
+    "benchmarks.page",
+)
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.10.7", "tensorboard>=2.16", "rich>=13"]
 TEST = [*DEMO, "pytest>=8.3.4", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
@@ -28,7 +37,10 @@ setup(
     cmdclass={"build_py": BuildPy},
     package_dir={"audiopress": "."},
     packages=["audiopress", *(f"audiopress.{name}" for name in SUBPACKAGES)],
-    package_data={"audiopress.benchmarks": ["page.html", "page.css", "page.js"], "audiopress.models": ["weights/*"]},
+    package_data={
+        "audiopress.benchmarks.page": ["page.html", "page.css", "page.js"],
+        "audiopress.models": ["weights/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # the video processor of transformers resizes frames with it

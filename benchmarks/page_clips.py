@@ -21,7 +21,7 @@ import torch
 from audiopress.benchmarks.cells import NONE, Cell, Parser, check, make_cells, run_cells
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.metrics import wer
-from audiopress.benchmarks.page_sound import CLIPS, SPLIT
+from audiopress.benchmarks.page.sound import CLIPS, SPLIT
 from audiopress.benchmarks.speech_cells import SECONDS
 from audiopress.benchmarks.speech_clips import Clip, make_clips
 from audiopress.benchmarks.spelling import number_words, spelled

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from audiopress.benchmarks.accuracy_report import accuracy_report
-from audiopress.benchmarks.page import write_page
+from audiopress.benchmarks.accuracy.report import accuracy_report
+from audiopress.benchmarks.page.writing import write_page
 from audiopress.benchmarks.plots import plot_tokens, plot_training
 from audiopress.benchmarks.scoring import Evaluation, to_device
 from audiopress.benchmarks.speed_report import speed_report

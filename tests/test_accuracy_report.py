@@ -10,10 +10,10 @@ from accuracy_cases import WHERE, all_rows, asked, speech_row, time_row, write
 from matplotlib.image import imread
 
 from audiopress.benchmarks import report
-from audiopress.benchmarks.accuracy_plots import at_one_rate
-from audiopress.benchmarks.accuracy_report import accuracy_report
-from audiopress.benchmarks.accuracy_rows import caption, front, read_points
-from audiopress.benchmarks.accuracy_tables import question, times, words
+from audiopress.benchmarks.accuracy.plots import at_one_rate
+from audiopress.benchmarks.accuracy.report import accuracy_report
+from audiopress.benchmarks.accuracy.rows import caption, front, read_points
+from audiopress.benchmarks.accuracy.tables import question, times, words
 
 
 def points_of(rows, tmp_path):

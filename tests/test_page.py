@@ -15,10 +15,11 @@ from test_media import pitch, tone
 from test_page_rows import WHERE, failed_row, speech_row, time_row, write
 from tiny_whisper import STEPS, make_whisper
 
-from audiopress.benchmarks import page_clips, page_sound
-from audiopress.benchmarks.page import render, write_page
-from audiopress.benchmarks.page_rows import page_points
-from audiopress.benchmarks.page_sound import CLIPS, compare, heard_clips, mp3, picture
+from audiopress.benchmarks import page_clips
+from audiopress.benchmarks.page import sound as page_sound
+from audiopress.benchmarks.page.rows import page_points
+from audiopress.benchmarks.page.sound import CLIPS, compare, heard_clips, mp3, picture
+from audiopress.benchmarks.page.writing import render, write_page
 from audiopress.benchmarks.report import PAGES
 from audiopress.benchmarks.speech_clips import Clip
 from audiopress.data.records import Record, assistant, user
@@ -174,7 +175,7 @@ def test_clips_are_heard_under_every_method(monkeypatch):
 def test_setup_names_the_files_of_the_page():
     text = (ROOT / "setup.py").read_text()
     for file in ("page.html", "page.css", "page.js"):
-        assert (ROOT / "benchmarks" / file).is_file()
+        assert (ROOT / "benchmarks/page" / file).is_file()
         assert f'"{file}"' in text
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from test_page import NEEDS_CHARTS, everything, sound
 
-from audiopress.benchmarks.page import write_page
+from audiopress.benchmarks.page.writing import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from audiopress.benchmarks import events, speech
-from audiopress.benchmarks.page_rows import (
+from audiopress.benchmarks.page.rows import (
     ALL,
     NEAR,
     SPEECH,
@@ -17,7 +17,7 @@ from audiopress.benchmarks.page_rows import (
     page_points,
     point,
 )
-from audiopress.benchmarks.page_rows import TESTBEDS as BEDS
+from audiopress.benchmarks.page.rows import TESTBEDS as BEDS
 
 WHERE = {"schema": 1, "utc": "2026-01-01T00:00:00+00:00", "commit": "a" * 40, "dirty": False, "device": "x86_64"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from audiopress.benchmarks.accuracy_rows import SPEECH, Point, Score, front
+from audiopress.benchmarks.accuracy.rows import SPEECH, Point, Score, front
 from audiopress.benchmarks.speed_tables import markdown
 from audiopress.compression.base import TOKENS_PER_SECOND
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from audiopress.benchmarks import accuracy_plots, accuracy_tables
-from audiopress.benchmarks.accuracy_rows import SPEECH, TIME, Point, caption, read_points
+from audiopress.benchmarks.accuracy import plots, tables
+from audiopress.benchmarks.accuracy.rows import SPEECH, TIME, Point, caption, read_points
 
 TITLES = {SPEECH: "Words", TIME: "Times and things"}
 NOTES = {
@@ -45,15 +45,15 @@ def _section(words: str, points: list[Point], pictures: Path, number: int) -> st
     """Gives the tables and pictures of one set of clips."""
     testbed = points[0].testbed
     parts = [f"### {TITLES[testbed]}: {words}", f"{caption(points)}. {NOTES[testbed]} {SEEDS}"]
-    parts.append(accuracy_tables.words(points) if testbed == SPEECH else accuracy_tables.times(points))
+    parts.append(tables.words(points) if testbed == SPEECH else tables.times(points))
     good = [point for point in points if point.ok]
     suffix = f"_{number}" if number > 1 else ""
     drawn = []
     if testbed == SPEECH and good:
-        drawn.append(("words", "Word error rate against tokens per second", accuracy_plots.plot_words))
+        drawn.append(("words", "Word error rate against tokens per second", plots.plot_words))
     elif good:
-        drawn.append(("times", "Mean IoU against tokens per second", accuracy_plots.plot_times))
-        drawn.append(("kinds", "Scores of each kind of question", accuracy_plots.plot_kinds))
+        drawn.append(("times", "Mean IoU against tokens per second", plots.plot_times))
+        drawn.append(("kinds", "Scores of each kind of question", plots.plot_kinds))
     for name, text, plot in drawn:
         path = plot(good, pictures / f"accuracy_{name}{suffix}.png", words)
         parts.append(f"![{text}]({path.as_posix()})")
@@ -68,5 +68,5 @@ def _questions(sets: dict[str, list[Point]]) -> str:
         parts.append(f"#### {text}")
         for words, points in sets.items():
             if own := [point for point in points if name in point.questions]:
-                parts += [f"{words[0].upper()}{words[1:]}:", accuracy_tables.question(own)]
+                parts += [f"{words[0].upper()}{words[1:]}:", tables.question(own)]
     return "\n\n".join(parts)

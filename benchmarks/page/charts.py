@@ -12,7 +12,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from audiopress.benchmarks.page_rows import TIMES
+from audiopress.benchmarks.page.rows import TIMES
 from audiopress.compression.base import TOKENS_PER_SECOND
 
 POINTS = "points"  # fields: x, y, low, high, series, colour, lead, rate, stage, trained, query_aware, and texts to show

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from audiopress.benchmarks.accuracy_rows import Point, Score, front
-from audiopress.benchmarks.accuracy_tables import NEEDS
+from audiopress.benchmarks.accuracy.rows import Point, Score, front
+from audiopress.benchmarks.accuracy.tables import NEEDS
 from audiopress.benchmarks.cells import NONE, TRANSFORMERS
 from audiopress.benchmarks.style import INK, headed_panels, legend_style, save
 

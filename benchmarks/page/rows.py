@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from audiopress.benchmarks.accuracy_rows import SPEECH, TIME, Row, describe, identity, label, testbed_of
+from audiopress.benchmarks.accuracy.rows import SPEECH, TIME, Row, describe, identity, label, testbed_of
 from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
 from audiopress.benchmarks.speed_report import select
 from audiopress.benchmarks.speed_tables import by_setting

@@ -13,15 +13,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from audiopress.benchmarks.cells import read_rows
-from audiopress.benchmarks.page_rows import TESTBEDS, page_points
-from audiopress.benchmarks.page_sound import CLIPS, Sound, heard_clips, recorded
+from audiopress.benchmarks.page.rows import TESTBEDS, page_points
+from audiopress.benchmarks.page.sound import CLIPS, Sound, heard_clips, recorded
 
 
 def write_page(results: Path, output: Path, sound: Sound = recorded) -> Path:
     """Writes the page of the rows in a folder.
 
     Args:
-        results: with files `*.jsonl`; see `page_rows.page_points`. Rows of `page_clips.py` give the clips to hear.
+        results: with files `*.jsonl`; see `rows.page_points`. Rows of `page_clips.py` give the clips to hear.
         output: of the HTML.
         sound: gives the samples of a language's prompts, at 16 kHz. Default: the recordings.
 
@@ -29,7 +29,7 @@ def write_page(results: Path, output: Path, sound: Sound = recorded) -> Path:
         ValueError: there is no row of accuracy and none of clips.
         FetchError: the recordings are not in the cache and cannot be fetched.
     """
-    from audiopress.benchmarks.page_charts import accuracy_charts, library, tokens_chart  # wants the extra "bench"
+    from audiopress.benchmarks.page.charts import accuracy_charts, library, tokens_chart  # wants the extra "bench"
 
     data = page_points(results)
     rows = [row for file in sorted(results.glob("*.jsonl")) for row in read_rows(file) if row.get("testbed") == CLIPS]

@@ -1,0 +1,1 @@
+"""The page of the accuracy rows that `report.py --html` writes."""
