@@ -32,6 +32,7 @@ from audiopress.kernels import (
     gather_rows,
     greedy_map,
     most_alike,
+    move_boundaries,
     segment_merge,
     top_k,
     ward_greedy,
@@ -45,6 +46,7 @@ OPS = (
     "top_k",
     "most_alike",
     "ward_greedy",
+    "move_boundaries",
     "farthest_first",
     "greedy_map",
     "gather_rows",
@@ -156,6 +158,20 @@ def ward_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
     )
 
 
+def move_cell(lengths: tuple[int, ...], width: int, keep: int) -> Cell:
+    """Gives the cell of moving the boundaries of even runs of `keep` tokens, which all have somewhere to go."""
+    x = torch.randn(sum(lengths), width, device="cuda", dtype=torch.bfloat16)
+    weights = torch.ones(len(x), device="cuda")
+    even = [n // (n // keep) + (i < n % (n // keep)) for n in lengths for i in range(n // keep)]
+    counts = torch.tensor(even, device="cuda")
+    return Cell(
+        op="move_boundaries",
+        shape=f"{len(lengths)} x {lengths[0]:,} x {width:,} to 1/{keep}",
+        run=lambda backend: move_boundaries(x, weights, lengths, counts, backend=backend),
+        loops=True,
+    )
+
+
 def choice_cell(choose: Callable[..., Tensor], lengths: tuple[int, ...], width: int, keep: int) -> Cell:
     """Gives the cell of greedily choosing one in `keep` of each clip's tokens, by their cosines and even quality."""
     x = torch.randn(sum(lengths), width, device="cuda", dtype=torch.bfloat16)
@@ -236,6 +252,7 @@ CELLS: list[Callable[[], Cell]] = [
     partial(alike_cell, *STREAM, 4),
     partial(ward_cell, *STREAM, 4),
     partial(ward_cell, BLOCKS[0], ENCODER[1], 2),
+    partial(move_cell, *STREAM, 4),
     partial(choice_cell, farthest_first, *STREAM, 4),
     partial(choice_cell, greedy_map, *STREAM, 4),
     partial(gather_cell, 44, (6422, 2275), (1606, 2275), STREAM[1]),
