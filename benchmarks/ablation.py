@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from audiopress.benchmarks.cells import Cell, Parser, attempt, check_device, read_rows
+from audiopress.benchmarks.cells import Cell, Parser, attempt, check_device, read_rows, stop_if_lost
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.event_testbed import TimeSettings
 from audiopress.benchmarks.grids import Ablation, Planned, SpeechSettings, read_ablation
@@ -112,6 +112,7 @@ def run(
         row = dict(where) | cell | attempt(measure, cell) | {"cell": cell, "ablation": each.questions}
         append(row, output)
         rows[key(cell)] = row
+        stop_if_lost(row)
     return [rows[key(p.cell)] for p in planned if key(p.cell) in rows]
 
 

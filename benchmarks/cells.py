@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -133,6 +134,9 @@ def run_cells(
 
     Returns:
         The row of every cell.
+
+    Raises:
+        SystemExit: the GPU was lost; see `stop_if_lost`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     same = {name: where[name] for name in where if name != "utc"}
@@ -148,6 +152,7 @@ def run_cells(
                 row = where | cell | attempt(measure, cell)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
+                stop_if_lost(row)
             rows.append(row)
     return rows
 
@@ -161,3 +166,23 @@ def attempt(measure: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[str, 
         # Compilers hide an error in one of their own.
         memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
         return {"status": "oom" if memory else "failed", "message": message}
+
+
+def stop_if_lost(row: dict[str, Any]) -> None:
+    """Ends the process, with code 1, if a cell's failure has left a GPU that answers nothing more.
+
+    After an illegal memory access or a failed assertion on a GPU every call of the same process fails, whatever it is:
+    all cells that are left would be rows of failures that are none.
+
+    Args:
+        row: of the cell, which has been written.
+    """
+    if row["status"] != "failed" or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        sys.exit(
+            f"error: the GPU answers nothing more after {row['method']} ({row['message']}); what was measured stands, "
+            "and no other cell was tried"
+        )

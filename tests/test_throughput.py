@@ -110,6 +110,38 @@ def test_a_failing_cell_does_not_stop_the_others(run, monkeypatch):
         assert "ValueError: not here" in printed
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_lost_gpu_ends_the_run(monkeypatch, tmp_path, lost):
+    """An error that stays fails every later call; one that does not fails its cell alone."""
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    broken, measured = [], []
+
+    def measure(cell):
+        measured.append(cell["method"])
+        if cell["method"] == "bad":
+            broken.append(lost)
+            raise error
+        return {}
+
+    def synchronize():
+        if any(broken):
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    output = tmp_path / "rows.jsonl"
+    cells = [{"method": name} for name in ("first", "bad", "last")]
+    if lost:
+        with pytest.raises(SystemExit, match=r"error: the GPU answers nothing more after bad \(AcceleratorError") as end:
+            run_cells(cells, measure, WHERE, output)
+        assert isinstance(end.value.code, str), "a message: Python's code for it is 1"
+        assert measured == ["first", "bad"]
+    else:
+        run_cells(cells, measure, WHERE, output)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"][: 2 if lost else 3]
+
+
 def test_compiled_rows_decode_with_a_static_cache(run, monkeypatch):
     compiled, caches = [], []
     monkeypatch.setattr(throughput, "compile_layers", lambda x: compiled.append(is_packed(vision_tower(x))))
