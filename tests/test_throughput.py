@@ -132,7 +132,7 @@ def test_a_lost_gpu_ends_the_run(monkeypatch, tmp_path, lost):
     output = tmp_path / "rows.jsonl"
     cells = [{"method": name} for name in ("first", "bad", "last")]
     if lost:
-        with pytest.raises(SystemExit, match=r"error: the GPU answers nothing more after bad \(AcceleratorError") as end:
+        with pytest.raises(SystemExit, match=r"answers nothing more after bad \(AcceleratorError: ") as end:
             run_cells(cells, measure, WHERE, output)
         assert isinstance(end.value.code, str), "a message: Python's code for it is 1"
         assert measured == ["first", "bad"]
