@@ -159,7 +159,7 @@ def main() -> None:
             print("\n".join(json.dumps(planned.cell) for planned in ablation.cells))
         else:
             open_one = cache(lambda name: open_testbed(ablation.testbeds[name], device, args.workers))
-            where = environment(device, args.commit)
+            where = environment(device, args.commit) | {"file": str(args.config)}
             rows = run(ablation.cells, open_one, where, args.output, shard, args.again)
     except (ValueError, OSError, FetchError) as error:
         parser.error(str(error))

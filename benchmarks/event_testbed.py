@@ -271,11 +271,13 @@ class TimeSettings:
         """Gives what all cells have in common: the model, with what is saved of it, and the clips.
 
         Raises:
-            ValueError: the folder has no clips, or the model is a damaged variant.
+            ValueError: the folder has no clips, or none of the split, or the model is a damaged variant.
         """
-        options = Path(self.data, "options.json")
-        if not options.is_file():
-            raise ValueError(f"{self.data} holds no clips; python benchmarks/timeline.py {self.data} makes some")
+        options, annotations = Path(self.data, "options.json"), Path(self.data, f"{self.split}-annotations.json")
+        for path in (options, annotations):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; python benchmarks/timeline.py {self.data} makes clips")
+        clips = len(json.loads(annotations.read_text()))
         weights = storage.read_manifest(self.model)["sha256"] if self.saved else None
         names = ("split", "limit", "num_frames")
         return {
@@ -283,6 +285,7 @@ class TimeSettings:
             "model": self.model,
             "weights": weights,
             "data": json.loads(options.read_text()),
+            "clips": min(clips, self.limit or clips),
             **{name: getattr(self, name) for name in names},
         }
 
@@ -290,7 +293,7 @@ class TimeSettings:
         """Gives what all cells with training have in common; raises ValueError where there is nothing to train on."""
         if not self.train.is_file():
             raise ValueError(f"{self.train} is missing: there is nothing to train on")
-        return {"recipe": dataclasses.asdict(self.recipe)}
+        return {"recipe": dataclasses.asdict(self.recipe), "train_clips": len(json.loads(self.train.read_text()))}
 
     @property
     def train(self) -> Path:

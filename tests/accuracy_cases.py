@@ -128,7 +128,15 @@ def all_rows() -> list[dict[str, Any]]:
         for off in (0, 1)
     ]
     failure = {name: time_row("dart", 0.25)[name] for name in ("utc", *WHERE, "testbed", "model", "data", "split")}
-    failure |= {"limit": None, "num_frames": 50, "method": "dart", "keep_ratio": 0.25, "options": {}, "seed": 0}
+    failure |= {
+        "limit": None,
+        "clips": CLIPS,
+        "num_frames": 50,
+        "method": "dart",
+        "keep_ratio": 0.25,
+        "options": {},
+        "seed": 0,
+    }
     failure |= {"steps": 0, "positions": "original", "status": "failed", "message": "ValueError: it is broken"}
     return [*rows, failure]
 

@@ -137,7 +137,7 @@ def change(file, path, value):
         (("testbeds", "time", "kind"), "film", "testbed time must have a kind, speech or time"),
         (("testbeds", "time", "clips"), 4, "testbed time has an unknown key 'clips'; allowed are base, data, limit"),
         (("testbeds", "time", "limit"), 0, "testbed time: limit must be a whole number >= 1, got 0"),
-        (("testbeds", "time", "data"), "nowhere", "nowhere holds no clips; python benchmarks/timeline.py"),
+        (("testbeds", "time", "data"), "nowhere", "nowhere/options.json is missing; python benchmarks/timeline.py"),
         (("testbeds", "time", "recipe"), {"rate": 1}, "recipe has an unknown key 'rate'; allowed are batch"),
         (("testbeds", "time", "recipe"), {"batch": 0}, "recipe: batch must be positive, got 0"),
         (("testbeds", "dense", "languages"), "xx", "languages must be one of 'en'"),
@@ -167,6 +167,7 @@ def test_training_needs_clips_to_train_on(write, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "options.json").write_text('{"seconds": [30, 60]}')
+    (bare / "test-annotations.json").write_text("{}")
     with pytest.raises(ValueError, match=r"train.json is missing: there is nothing to train on"):
         read_ablation(write(content(bare, steps=3)))
     assert len(read_ablation(write(content(bare))).cells) == 1
@@ -283,6 +284,7 @@ def test_the_command(write, data_set, tmp_path, monkeypatch, capsys):  # noqa: F
     assert "q: 2 of 2 cells; Which?" in capsys.readouterr().out
     assert [row["method"] for row in read_rows(rows)] == ["none", "ward"]
     assert read_rows(rows)[1]["tokens_per_second"] == pytest.approx(6.25, rel=0.02)
+    assert {row["file"] for row in read_rows(rows)} == {sys.argv[1]}
 
 
 def test_speech_is_asked_with_its_settings(monkeypatch):

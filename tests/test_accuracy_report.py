@@ -6,13 +6,13 @@ import statistics
 import sys
 
 import pytest
-from accuracy_cases import WHERE, all_rows, asked, speech_row, time_row, write
+from accuracy_cases import DATA, WHERE, all_rows, asked, speech_row, time_row, write
 from matplotlib.image import imread
 
 from audiopress.benchmarks import report
 from audiopress.benchmarks.accuracy.plots import at_one_rate
 from audiopress.benchmarks.accuracy.report import accuracy_report
-from audiopress.benchmarks.accuracy.rows import caption, front, read_points
+from audiopress.benchmarks.accuracy.rows import caption, front, fronts, read_points
 from audiopress.benchmarks.accuracy.tables import question, times, words
 
 
@@ -71,6 +71,31 @@ def test_sets_of_clips_are_told_apart(tmp_path):
     ]
 
 
+def test_clips_that_words_do_not_tell_apart_are_two_sets(tmp_path):
+    rows = [time_row("ward", 0.25), time_row("ward", 0.25) | {"data": DATA | {"seed": 1}}]
+    rows += [time_row("none", None), time_row("ward", 0.25, steps=9, recipe={"batch": 8})]
+    rows += [time_row("ward", 0.25, steps=9, recipe={"batch": 4})]
+    sets = read_points(write(rows, tmp_path))
+    assert [
+        (words.removeprefix("clips of 30 to 60 s of test, 50 frames each"), len(own)) for words, own in sets.items()
+    ] == [
+        ("", 2),
+        (" (set 2)", 1),
+        (", the LLM trained for 9 steps on the tokens of each method", 1),
+        (", the LLM trained for 9 steps on the tokens of each method (set 2)", 1),
+    ]
+
+
+def test_labels_tell_how_methods_were_trained_where_that_differs(tmp_path):
+    rows = [speech_row("stacking", 0.25, steps=9, train_rate=rate, train_batch=4) for rate in (1e-3, 1e-4)]
+    rows.append(speech_row("ward", 0.25))
+    assert [point.label for point in points_of(rows, tmp_path)] == [
+        "stacking, 9 steps, train_rate 0.001",
+        "stacking, 9 steps, train_rate 0.0001",
+        "ward",
+    ]
+
+
 def test_a_failed_seed_leaves_the_others(tmp_path):
     bad = {"status": "failed", "message": "ValueError: no"}
     rows = [time_row("ward", 0.25, steps=9, seed=0) | bad, time_row("ward", 0.25, steps=9, seed=1)]
@@ -93,6 +118,31 @@ def test_the_front_holds_what_nothing_beats(tmp_path):
         time_row(m, r) | {"miou": s} for m, r, s in (("ward", 0.5, 0.6), ("dart", 0.25, 0.5), ("none", None, 0.6))
     ]
     assert [p.label for p in front(points_of(scored, tmp_path), "miou")] == ["dart", "ward"]
+
+
+def test_the_front_is_of_means_over_seeds(tmp_path):
+    lucky = [speech_row("stacking", 0.25, steps=9, seed=seed) | {"wer": wer} for seed, wer in enumerate((0.1, 0.5))]
+    points = points_of([*lucky, speech_row("ward", 0.25) | {"wer": 0.2}], tmp_path)
+    assert [point.label for point in front(points, "wer")] == ["ward"]
+
+
+def test_methods_without_training_have_a_front_of_their_own(tmp_path):
+    rows = [speech_row("ward", 0.25) | {"wer": 0.2}, speech_row("pooling", 0.25) | {"wer": 0.3}]
+    points = points_of(rows, tmp_path)
+    assert [[point.label for point in one] for one in fronts(points, "wer")] == [["ward"]]
+    points = points_of([*rows, speech_row("stacking", 0.25, trained=True) | {"wer": 0.1}], tmp_path)
+    assert [[point.label for point in one] for one in fronts(points, "wer")] == [["stacking"], ["ward"]]
+
+
+def test_methods_with_an_advantage_are_marked(tmp_path):
+    rows = [time_row("cdpruner", 0.5, query_aware=True), time_row("conv", 0.5, trained=True), time_row("ward", 0.5)]
+    for table in (times, question):
+        _, _, *lines = cells_of(table(points_of(rows, tmp_path)))
+        assert [line[0] for line in lines] == [
+            "`cdpruner` 50 %, sees the question",
+            "`conv` 50 %, trained",
+            "`ward` 50 %",
+        ]
 
 
 def test_the_table_of_words(tmp_path):

@@ -279,6 +279,16 @@ def test_the_command(command, capsys):
     assert "| `omnizip` | 0 | 1 |" in capsys.readouterr().out
 
 
+def test_cells_tell_how_many_clips_they_are_of(data_set, tmp_path):  # noqa: F811
+    clips = len(load_clips(data_set, "test"))
+    settings = TimeSettings(str(data_set))
+    assert settings.common()["clips"] == clips
+    assert TimeSettings(str(data_set), limit=1).common()["clips"] == 1
+    assert settings.training()["train_clips"] == len(json.loads((data_set / "train.json").read_text()))
+    with pytest.raises(ValueError, match=r"unseen-annotations.json is missing; python benchmarks/timeline.py"):
+        TimeSettings(str(data_set), split="unseen").common()
+
+
 def test_the_command_on_a_saved_variant(data_set, processor, tmp_path, monkeypatch, capsys):  # noqa: F811
     write_checkpoint(tmp_path / "base", tiny_thinker(processor))
     base = str(tmp_path / "base")

@@ -171,11 +171,8 @@ def test_the_command_asks_the_time_benchmark_for_this_row(monkeypatch):
 
 def test_the_command_of_an_ablation_names_its_question():
     row = speech_row(ablation={"positions": "Original or contiguous?", "front": "Which?"}, cell={"options": {}})
-    assert point(row, "", {})["command"].endswith("--questions positions")
-
-
-def test_a_row_that_holds_its_command_knows_best():
-    assert point(time_row(command="python x.py"), "", {})["command"] == "python x.py"
+    words = shlex.split(point(row | {"file": "my own.yaml"}, "", {})["command"])
+    assert words == ["python", "benchmarks/ablation.py", "my own.yaml", "--questions", "positions"]
 
 
 @pytest.mark.parametrize("status", ["oom", "failed"])
@@ -227,7 +224,7 @@ def test_times_are_of_one_model_and_clip(tmp_path):
 
 def test_leaders_are_best_at_most_rates_and_no_baselines():
     def points(*rows):
-        return [point(row, "", {}) for row in rows]
+        return [{"setting": "clips"} | point(row, "", {}) for row in rows]
 
     rows = [(m, r, w) for r in (0.2, 0.5) for m, w in (("ward", 0.1), ("atome", 0.2), ("random", 0.01))]
     assert leaders(points(*(speech_row(*row) for row in rows)), BEDS[SPEECH]) == ["ward", "atome"]

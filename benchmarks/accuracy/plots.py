@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from audiopress.benchmarks.accuracy.rows import Point, Score, front
+from audiopress.benchmarks.accuracy.rows import Point, Score, fronts
 from audiopress.benchmarks.accuracy.tables import NEEDS
 from audiopress.benchmarks.cells import NONE, TRANSFORMERS
 from audiopress.benchmarks.style import INK, headed_panels, legend_style, save
@@ -24,11 +24,12 @@ CONTROLS = ("uniform-stride", "pooling", "random")  # shown even where they are 
 BY_NEEDS = {"audio": "#0072b2", "video": "#e69f00", "both": "#7b4fa3"}
 TICKS = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # percent, of word errors
 ASIDE = 0.006  # methods at one rate are drawn beside each other, by this share of it, so that no interval hides one
+FRONTS = {"Pareto front": (4, 3), "the same, without training": (1, 2)}  # dashes
 WORST = 3.0  # word error rates beyond are drawn at the edge: a text that never ends is wrong at any of them
 
 
 def plot_words(points: Sequence[Point], path: Path, about: str) -> Path:
-    """Draws word error rates against tokens per second, both logarithmic, with the Pareto front.
+    """Draws word error rates against tokens per second, both logarithmic, with the Pareto fronts.
 
     Args:
         points: measured, of one set of clips.
@@ -43,7 +44,7 @@ def plot_words(points: Sequence[Point], path: Path, about: str) -> Path:
     axes.set_ylim(max(0.2, low / 2), 110 * WORST)
     axes.yaxis.set_major_locator(FixedLocator(TICKS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(FixedLocator([2, 3, 4, 5, 6.25, 8, 10, 12.5, 16, 20, 25]))
+    axes.xaxis.set_major_locator(FixedLocator([2, 3, 4, 5, 6.25, 8, 10, 12.5, 16, 20, 25, 50]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
@@ -54,7 +55,7 @@ def plot_words(points: Sequence[Point], path: Path, about: str) -> Path:
 
 
 def plot_times(points: Sequence[Point], path: Path, about: str) -> Path:
-    """Draws mean IoU against tokens of audio and video per second, with the Pareto front.
+    """Draws mean IoU against tokens of audio and video per second, with the Pareto fronts.
 
     Args:
         points: measured, of one set of clips.
@@ -123,9 +124,10 @@ def at_one_rate(points: Sequence[Point]) -> list[Point]:
 
 def _draw(axes: Axes, points: Sequence[Point], metric: str, scale: Callable[[float], float]) -> None:
     """Draws a line per method over its rates, with intervals where it has a colour, and the Pareto front."""
-    best = front(points, metric)
+    best = fronts(points, metric)
+    leading = [point for front in best for point in front]
     aside: dict[str, float] = {}
-    for place, (label, look) in enumerate(_looks(points, best).items()):
+    for place, (label, look) in enumerate(_looks(points, leading).items()):
         mine = sorted((point for point in points if point.label == label), key=lambda point: point.rate)
         scores: list[Score] = [point.score(metric) for point in mine]  # type: ignore[misc]
         coloured = look["color"] != OTHERS
@@ -135,11 +137,12 @@ def _draw(axes: Axes, points: Sequence[Point], metric: str, scale: Callable[[flo
         for rate, score in zip(rates, scores, strict=True):
             if coloured and score.interval:
                 axes.vlines(rate, *map(scale, score.interval), color=look["color"], lw=0.9, alpha=0.55, zorder=3)
-    rates = [point.rate for point in best]
-    values = [scale(point.score(metric).value) for point in best]  # type: ignore[union-attr]
-    axes.plot(rates, values, color=INK, lw=1, ls=(0, (4, 3)), ds="steps-post", label="Pareto front", zorder=4)
-    rates = [aside[point.label] * point.rate for point in best]
-    axes.plot(rates, values, "o", ms=11, mfc="none", mec=INK, mew=0.9, zorder=7, clip_on=False)
+    for front, (text, dashes) in zip(best, FRONTS.items(), strict=False):
+        rates = [point.rate for point in front]
+        values = [scale(point.score(metric).value) for point in front]  # type: ignore[union-attr]
+        axes.plot(rates, values, color=INK, lw=1, ls=(0, dashes), ds="steps-post", label=text, zorder=4)
+        rates = [aside[point.label] * point.rate for point in front]
+        axes.plot(rates, values, "o", ms=11, mfc="none", mec=INK, mew=0.9, zorder=7, clip_on=False)
 
 
 def _looks(points: Sequence[Point], best: Sequence[Point]) -> dict[str, dict[str, Any]]:

@@ -9,8 +9,10 @@ from audiopress.benchmarks.accuracy.rows import SPEECH, TIME, Point, caption, re
 
 TITLES = {SPEECH: "Words", TIME: "Times and things"}
 NOTES = {
-    SPEECH: "Frozen Whisper-base; one line per method, one column per rate. Bold: on the Pareto front.",
-    TIME: "One line per method and rate. Bold: on the Pareto front of mIoU against the tokens that the LLM reads.",
+    SPEECH: "A frozen Whisper; one line per method, one column per rate. Bold: on the Pareto front, of all or "
+    "of those without training.",
+    TIME: "One line per method and rate. Bold: on the Pareto front of mIoU against the tokens that the LLM reads, of "
+    "all, or of those without weights of their own.",
 }
 SEEDS = "Brackets: 95 % bootstrap intervals over clips; ±: standard deviation over seeds, where there are several."
 

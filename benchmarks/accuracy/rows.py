@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,12 @@ Row = dict[str, Any]
 SPEECH, TIME = "speech", "time"  # testbeds
 # What tells sets of clips apart, or those who read them: on a time testbed the LLM is another one after training. And
 # what else tells cells on them apart.
-CLIPS = {SPEECH: ("languages", "splits", "joined", "limit"), TIME: ("data", "split", "limit", "num_frames", "steps")}
+CLIPS = {
+    SPEECH: ("languages", "splits", "joined", "limit"),
+    TIME: ("data", "split", "limit", "clips", "num_frames", "steps", "recipe", "train_clips"),
+}
 CELL = ("model", "weights", "method", "keep_ratio", "positions", "steps", "elastic")
-TRAINING = ("recipe", "train_batch", "train_rate")
+TRAINING = ("train_batch", "train_rate")
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,16 @@ def read_points(results: Path) -> dict[str, list[Point]]:
     seeds: dict[str, list[str]] = {}
     for name, row in cells.items():
         seeds.setdefault(identity(row, seed=False), []).append(name)
-    models = {testbed: {row["model"] for row in rows if testbed_of(row) == testbed} for testbed in CLIPS}
+    names, differing = name_sets(rows), differences(rows)
     sets: dict[str, list[Point]] = {}
-    for names in seeds.values():
-        same = [cells[name] for name in names]
+    for own in seeds.values():
+        same = [cells[name] for name in own]
         good = [row for row in same if row["status"] == "ok"] or same[-1:]
         testbed = testbed_of(good[0])
         assert testbed is not None
-        asked = {key: text for name in names for key, text in questions[name].items()}
-        point = Point(testbed, label(good[0], len(models[testbed]) > 1), tuple(good), asked)
-        sets.setdefault(describe(good[0]), []).append(point)
+        asked = {key: text for name in own for key, text in questions[name].items()}
+        point = Point(testbed, label(good[0], differing[testbed]), tuple(good), asked)
+        sets.setdefault(names[clips_of(good[0])], []).append(point)
     ordered = sorted(sets.items(), key=lambda item: (item[1][0].testbed, -len(item[1])))
     return {words: sorted(points, key=_order(points)) for words, points in ordered}
 
@@ -141,13 +145,22 @@ def front(points: Sequence[Point], metric: str) -> list[Point]:
         metric: `wer`, of which less is better, or a score of which more is.
     """
     sign = 1 if metric == "wer" else -1
+
+    def place(point: Point) -> tuple[float, float]:
+        return point.rate, sign * statistics.mean(row[metric] for row in point.rows)
+
     best, found = float("inf"), []
-    for point in sorted(points, key=lambda p: (p.rate, sign * p.rows[0][metric])):
-        value = sign * point.score(metric).value  # type: ignore[union-attr]
-        if value < best:
+    for point in sorted(points, key=place):
+        if (value := place(point)[1]) < best:
             best = value
             found.append(point)
     return found
+
+
+def fronts(points: Sequence[Point], metric: str) -> list[list[Point]]:
+    """Gives the Pareto front of all points, and, where some methods have trained weights, that of the others."""
+    untrained = [point for point in points if not point.first.get("trained")]
+    return [front(some, metric) for some in ([points] if len(untrained) in (0, len(points)) else [points, untrained])]
 
 
 def caption(points: Iterable[Point]) -> str:
@@ -170,18 +183,48 @@ def identity(row: Row, seed: bool = True) -> str:
     """Gives what tells a row's cell from others; without `seed` those of all seeds are one."""
     testbed = testbed_of(row)
     assert testbed is not None
-    names = [*CLIPS[testbed], *CELL, *(TRAINING if row.get("steps") else ())]
+    names = {*CLIPS[testbed], *CELL, *(TRAINING if row.get("steps") else ())}
     own = {name: row.get(name) or None for name in names} | {"options": asked_options(row)}
     return json.dumps([testbed, own, (row.get("seed") or 0) if seed else None], sort_keys=True)
 
 
-def label(row: Row, several_models: bool = False) -> str:
-    """Names a row's method, with its options, how it was trained, and, where there are several, the model."""
+def clips_of(row: Row) -> str:
+    """Gives what tells a row's set of clips, and who reads them, from others."""
+    testbed = testbed_of(row)
+    assert testbed is not None
+    return json.dumps([testbed, {name: row.get(name) or None for name in CLIPS[testbed]}], sort_keys=True)
+
+
+def name_sets(rows: Iterable[Row]) -> dict[str, str]:
+    """Gives the words for each set of clips, by `clips_of`; sets that the words do not tell apart are numbered."""
+    names: dict[str, str] = {}
+    for row in rows:
+        if (key := clips_of(row)) not in names:
+            words, taken = describe(row), set(names.values())
+            candidates = (words if i == 1 else f"{words} (set {i})" for i in itertools.count(1))
+            names[key] = next(name for name in candidates if name not in taken)
+    return names
+
+
+def differences(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Gives, by testbed, what a label must tell as rows differ in it: the model, and how methods were trained."""
+    values = {
+        (testbed, name): {row[name] for row in rows if testbed_of(row) == testbed and row.get(name) is not None}
+        for testbed in CLIPS
+        for name in ("model", *TRAINING)
+    }
+    return {
+        testbed: [name for own, name in values if own == testbed and len(values[own, name]) > 1] for testbed in CLIPS
+    }
+
+
+def label(row: Row, differing: Sequence[str] = ()) -> str:
+    """Names a row's method, with its options, how it was trained, and what rows differ in beside; see `differences`."""
     details = [f"{name} {value}" for name, value in asked_options(row).items()]
     details += ["contiguous"] if row.get("positions") == "contiguous" else []
     if row.get("steps") and testbed_of(row) == SPEECH:
         details.append(f"{row['steps']} steps" + ", elastic" * bool(row.get("elastic")))
-    details += [row["model"]] if several_models else []
+    details += [row[name] if name == "model" else f"{name} {row[name]}" for name in differing if row.get(name)]
     names = {TRANSFORMERS: "transformers, as it comes", NONE: "uncompressed"}
     return ", ".join([names.get(row["method"], row["method"]), *details])
 

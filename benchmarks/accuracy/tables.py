@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from audiopress.benchmarks.accuracy.rows import SPEECH, Point, Score, front
+from audiopress.benchmarks.accuracy.rows import SPEECH, TIME, Point, Score, fronts
 from audiopress.benchmarks.speed_tables import markdown
 from audiopress.compression.base import TOKENS_PER_SECOND
 
@@ -16,7 +16,7 @@ def words(points: Sequence[Point]) -> str:
     good = [point for point in points if point.ok]
     ratios = sorted({p.first["keep_ratio"] for p in good if p.first["keep_ratio"]}, reverse=True)
     own_rate = any(not p.is_baseline and not p.first["keep_ratio"] for p in good)
-    best = {id(point) for point in front(good, "wer")}
+    best = {id(point) for front in fronts(good, "wer") for point in front}
     lines = []
     for label in dict.fromkeys(point.label for point in points):
         mine = {point.first["keep_ratio"]: point for point in points if point.label == label}
@@ -43,7 +43,7 @@ def times(points: Sequence[Point]) -> str:
     """Gives a line per method and rate: grounding, captions and counts, in percent."""
     head = ["", "kept of audio, video", "audio and video tokens/s", "mIoU [95 %]", "R@0.3, 0.5, 0.7", "read"]
     head += ["captions right", "things named", "counts right"]
-    best = {id(point) for point in front([point for point in points if point.ok], "miou")}
+    best = {id(point) for front in fronts([point for point in points if point.ok], "miou") for point in front}
     lines = []
     for point in points:
         if not point.ok:
@@ -102,8 +102,11 @@ def failure(point: Point) -> str:
 
 
 def _name(point: Point) -> str:
-    ratio = point.first["keep_ratio"]
-    return f"`{point.label}`" + (f" {100 * ratio:.3g} %" if ratio else "")
+    """Gives label and ratio, and whether the method has an advantage: weights of its own, or the question."""
+    ratio, row = point.first["keep_ratio"], point.first
+    marks = ", trained" * bool(point.testbed == TIME and row.get("trained"))
+    marks += ", sees the question" * bool(row.get("query_aware"))
+    return f"`{point.label}`" + (f" {100 * ratio:.3g} %" if ratio else "") + marks
 
 
 def _share(value: float | None) -> str:

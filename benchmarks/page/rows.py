@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 
-from audiopress.benchmarks.accuracy.rows import SPEECH, TIME, Row, describe, identity, label, testbed_of
+from audiopress.benchmarks.accuracy.rows import (
+    SPEECH,
+    TIME,
+    Row,
+    clips_of,
+    differences,
+    identity,
+    label,
+    name_sets,
+    testbed_of,
+)
 from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
 from audiopress.benchmarks.speed_report import select
 from audiopress.benchmarks.speed_tables import by_setting
@@ -67,7 +77,6 @@ TESTBEDS = {
         "question needs",
     ),
 }
-ABLATION = "benchmarks/configs/ablation.yaml"  # its rows do not name their file
 TIMES = {  # by key: what was timed, the benchmark's file, and the field of its rows
     "first_token": ("ms to the first token", "throughput", "first_token"),
     "answer": ("ms of an answer of 14 tokens", "throughput", "answer"),
@@ -88,11 +97,12 @@ def page_points(results: Path) -> dict[str, Any]:
     ]
     cells = {identity(row): (row, source) for row, source in sorted(rows, key=lambda each: each[0]["utc"])}
     times = measured_times(results)
-    models = {(testbed_of(row), row["model"]) for row, _ in cells.values()}
-    several = {testbed: sum(testbed == own for own, _ in models) > 1 for testbed in TESTBEDS}
-    points = [point(row, source, times, several[testbed_of(row)]) for row, source in cells.values()]
-    for number, each in enumerate(points):
-        each["id"] = number
+    last = [row for row, _ in cells.values()]
+    names, differing = name_sets(last), differences(last)
+    points = [
+        {"id": number, "setting": names[clips_of(row)]} | point(row, source, times, differing[testbed_of(row)])
+        for number, (row, source) in enumerate(cells.values())
+    ]
     return {
         "testbeds": {key: _testbed(key, [p for p in points if p["testbed"] == key]) for key in TESTBEDS},
         "times": {key: words for key, (words, _, _) in TIMES.items()},
@@ -107,14 +117,14 @@ def read_json_lines(file: Path) -> list[Row]:
     return [json.loads(json.dumps(row), parse_constant=str) for row in read_rows(file)]
 
 
-def point(row: Row, source: str, times: dict[str, Any], several_models: bool = False) -> dict[str, Any]:
+def point(row: Row, source: str, times: dict[str, Any], differing: Sequence[str] = ()) -> dict[str, Any]:
     """Gives one row as the page needs it.
 
     Args:
         row: of any status.
         source: file and line.
         times: what `measured_times` gave.
-        several_models: whether the name of its line tells the model.
+        differing: what the name of its line tells beside the method; see `differences`.
     """
     key = testbed_of(row)
     assert key is not None
@@ -124,9 +134,8 @@ def point(row: Row, source: str, times: dict[str, Any], several_models: bool = F
     kept = row.get("kept") or {}
     return {
         "testbed": key,
-        "setting": describe(row),
         "method": row["method"],
-        "series": label(row, several_models),
+        "series": label(row, differing),
         "rate": _rate(row),
         "tokens_per_second": row.get("tokens_per_second"),
         "share": _share(row),
@@ -153,11 +162,9 @@ def traits(row: Row) -> dict[str, Any]:
 
 
 def command(row: Row) -> str:
-    """Gives the command that makes a row; a row that holds it knows best."""
-    if row.get("command"):
-        return row["command"]
+    """Gives the command that makes a row."""
     if row.get("ablation"):
-        return shlex.join(["python", "benchmarks/ablation.py", ABLATION, "--questions", next(iter(row["ablation"]))])
+        return shlex.join(["python", "benchmarks/ablation.py", row["file"], "--questions", next(iter(row["ablation"]))])
     return shlex.join(["python", *(_speech(row) if testbed_of(row) == SPEECH else _events(row))])
 
 
