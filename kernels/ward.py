@@ -159,7 +159,7 @@ def move_boundaries(
     embeds, weights = embeds.detach().float(), weights.detach().double()
     moved = torch.zeros_like(edges, dtype=torch.bool)  # when it was looked at last
     for turn in range(2 * sweeps):
-        left = ((places[1:] + turn) % 2 == 1).logical_and(places[1:] > 0).nonzero()[:, 0]
+        left = ((places[1:] > 0) & ((places[1:] + turn) % 2 == 1)).nonzero()[:, 0]  # the run before each boundary
         again = moved[left] | moved[left + 2] | (turn < 2)  # between the same neighbours the best place is the same
         moved[left + 1] = False
         left = left[again & (edges[left + 2] - edges[left] > 2)]
