@@ -38,6 +38,7 @@ from audiopress.benchmarks.alignment.scores import aligned, speech_scores, time_
 from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
 from audiopress.benchmarks.cells import Parser, check_device
 from audiopress.benchmarks.environment import environment, finish
+from audiopress.compression.base import check_count
 from audiopress.data import synthesis
 from audiopress.data.collator import Encoder
 from audiopress.data.speech import speech_records
@@ -245,13 +246,19 @@ def parser() -> Parser:
     return made
 
 
-def main() -> str | None:
-    """Trains and measures; gives the message of an error."""
-    args = parser().parse_args()
+def main() -> None:
+    """Trains and measures."""
+    made = parser()
+    args = made.parse_args()
     try:
+        for name in ("test_prompts", "test_clips", "clips"):
+            if (value := getattr(args, name)) is not None:
+                check_count(f"--{name.replace('_', '-')}", value, least=0)
+        if (args.publish or not args.minutes) and not (args.output / FILE).is_file():
+            raise ValueError(f"{args.output / FILE} is not there: nothing has been trained")
         if args.publish:
             print(publish(args.output, FILE))
-            return None
+            return
         device = check_device(args.device)
         plan = Plan(
             args.minutes, args.of or args.minutes or 1, args.tokens, args.hours, args.clips, args.workers, args.steps
@@ -259,7 +266,7 @@ def main() -> str | None:
         stamps = packaged_stamps()
         synthesis.ensure_voices()
     except (FetchError, ValueError) as error:
-        return f"error: {error}"
+        made.error(str(error))
     args.output.mkdir(parents=True, exist_ok=True)
 
     def tell(row: dict[str, Any], file: str = "log.jsonl") -> None:
@@ -272,10 +279,9 @@ def main() -> str | None:
         try:
             Training(args.output, plan, device, args.compile, stamps).run(tell)
         except FloatingPointError as error:
-            return f"error: {error}; {args.output / FILE} is from before"
+            sys.exit(f"error: {error}; {args.output / FILE} is from before")
     for row in measure(args.output, device, stamps, args):
         tell(row, "scores.jsonl")
-    return None
 
 
 def _summary(row: dict[str, Any]) -> str:
@@ -292,4 +298,4 @@ def _summary(row: dict[str, Any]) -> str:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end ends its processes first
-    sys.exit(main())
+    main()

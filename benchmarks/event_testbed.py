@@ -21,7 +21,7 @@ from audiopress.benchmarks.event_clips import Clip, Encoded, KeptClips, Sample, 
 from audiopress.benchmarks.event_scores import scores
 from audiopress.benchmarks.scoring import to_device
 from audiopress.compression import Compressor
-from audiopress.compression.base import TOKENS_PER_SECOND, check_choice, check_count
+from audiopress.compression.base import TOKENS_PER_SECOND, check_choice, check_count, check_number
 from audiopress.data.collator import OmniCollator
 from audiopress.data.longvale import load_dialogues
 from audiopress.data.records import Record
@@ -59,8 +59,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if name in ("batch", "lora_r"):
+                check_count(name, value)
+            else:
+                check_number(name, value, "(0, inf)")
 
 
 class TimeTestbed:

@@ -104,8 +104,11 @@ class Grid:
         for name in ("seeds", "steps"):
             if bad := [x for x in getattr(self, name) if isinstance(x, bool) or not isinstance(x, int) or x < 0]:
                 raise ValueError(f"{name} must be whole numbers from 0 on, got {bad[0]!r}")
-        if bad := [x for x in self.rates if isinstance(x, bool) or not isinstance(x, int | float)]:
-            raise ValueError(f"rates must be numbers, got {bad[0]!r}")
+        if bad := [x for x in self.methods if not isinstance(x, str)]:
+            raise ValueError(f"methods must be names, got {bad[0]!r}")
+        for name, values in (("rates", self.rates), ("keep_ratios", [x for x in self.keep_ratios if x is not None])):
+            if bad := [x for x in values if isinstance(x, bool) or not isinstance(x, int | float)]:
+                raise ValueError(f"{name} must be numbers, got {bad[0]!r}")
         for positions in self.positions:
             check_choice("positions", positions, POSITIONS)
 

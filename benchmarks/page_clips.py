@@ -25,7 +25,7 @@ from audiopress.benchmarks.page.sound import CLIPS, SPLIT
 from audiopress.benchmarks.speech_cells import SECONDS
 from audiopress.benchmarks.speech_clips import Clip, make_clips
 from audiopress.benchmarks.spelling import number_words, spelled
-from audiopress.compression.base import TOKENS_PER_SECOND
+from audiopress.compression.base import TOKENS_PER_SECOND, check_count
 from audiopress.data.speech import LANGUAGES, normalise, speech_records
 from audiopress.models.packages import FetchError
 from audiopress.models.spoken import cut
@@ -117,6 +117,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     parser, args = parse()
     try:
+        check_count("--clips", args.clips)
         device = check(args)
         for language in {*args.languages} - {"en"}:
             number_words("1", language)  # where the package for it is missing, that is told now

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from audiopress.benchmarks.accuracy.report import accuracy_report
+from audiopress.benchmarks.cells import Parser
 from audiopress.benchmarks.page.writing import write_page
 from audiopress.benchmarks.plots import plot_tokens, plot_training
 from audiopress.benchmarks.scoring import Evaluation, to_device
@@ -136,7 +136,7 @@ def replace_between(page: Path, mark: str, text: str) -> None:
 
 def main() -> None:
     """Prints, or publishes, the report of a run, of speed or of accuracy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help=f"the output directory of train_compress.py, {SPEED!r} or {ACCURACY!r}")
     parser.add_argument("--readme", action="store_true", help="publish it in the repository")
     parser.add_argument("--html", nargs="?", const=HTML, type=Path, metavar="FILE", help=f"the page; default: {HTML}")
@@ -168,9 +168,9 @@ def main() -> None:
         if args.readme:
             publish(run, root)
     except ModuleNotFoundError as error:
-        sys.exit(f'error: {error}; pip install -e ".[bench]"')
+        parser.error(f'{error}; pip install -e ".[bench]"')
     except (OSError, ValueError, FetchError) as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -130,6 +130,8 @@ def change(file, path, value):
         (("questions", "q", "grids", 0, "keep_ratios"), 0.5, "keep_ratios and rates exclude each other, got both"),
         (("questions", "q", "grids", 0, "rates"), 50, "ward at keep_ratio 2: keep_ratio is tokens out / tokens in"),
         (("questions", "q", "grids", 0, "rates"), "many", "rates must be numbers, got 'many'"),
+        (("questions", "q", "grids", 0), {"testbeds": "time", "methods": "ward", "keep_ratios": "half"}, "got 'half'"),
+        (("questions", "q", "grids", 0, "methods"), 3, "methods must be names, got 3"),
         (("questions", "q", "grids", 0, "seeds"), -1, "seeds must be whole numbers from 0 on, got -1"),
         (("questions", "q", "grids", 0, "steps"), 1.5, "steps must be whole numbers from 0 on, got 1.5"),
         (("questions", "q", "grids", 0, "positions"), "none", "positions must be one of 'original', 'contiguous'"),
@@ -139,7 +141,8 @@ def change(file, path, value):
         (("testbeds", "time", "limit"), 0, "testbed time: limit must be a whole number >= 1, got 0"),
         (("testbeds", "time", "data"), "nowhere", "nowhere/options.json is missing; python benchmarks/timeline.py"),
         (("testbeds", "time", "recipe"), {"rate": 1}, "recipe has an unknown key 'rate'; allowed are batch"),
-        (("testbeds", "time", "recipe"), {"batch": 0}, "recipe: batch must be positive, got 0"),
+        (("testbeds", "time", "recipe"), {"batch": 0}, "recipe: batch must be a whole number >= 1, got 0"),
+        (("testbeds", "time", "recipe"), {"learning_rate": "fast"}, "recipe: learning_rate must be in (0, inf), got"),
         (("testbeds", "dense", "languages"), "xx", "languages must be one of 'en'"),
     ],
 )

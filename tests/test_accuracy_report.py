@@ -232,5 +232,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "### Words" in capsys.readouterr().out
     assert (tmp_path / "runs/pictures/accuracy_words.png").is_file()
     monkeypatch.setattr(sys, "argv", ["report.py", "accuracy", "--results", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="error: no rows of accuracy"):
+    with pytest.raises(SystemExit) as stopped:
         report.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no rows of accuracy")

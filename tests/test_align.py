@@ -317,7 +317,7 @@ def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path,
         monkeypatch.setattr(
             sys, "argv", ["align.py", *options.split(), "--steps", "2", "--output", str(tmp_path / "run")]
         )
-        assert align.main() is None
+        align.main()
         assert int(delta.read(tmp_path / "run" / align.FILE)[1]["steps"]) == 2 * start
     ((fresh, saved),) = heads  # of the second start alone
     assert {name: p.shape for name, p in fresh.items()} == {name: p.shape for name, p in saved.items()}
@@ -337,8 +337,25 @@ def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path,
     delta.write(tmp_path / "run" / align.FILE, {}, {"steps": "5"})
     with pytest.raises(ValueError, match=r"scores\.jsonl lacks scores of omni-small\.safetensors as it is"):
         publish(tmp_path / "run", align.FILE, tmp_path / "weights")
-    monkeypatch.setattr(sys, "argv", ["align.py", "--minutes", "3", "--of", "2"])
-    assert "minutes must be from 0 to those of the whole, got 3 of 2" in align.main()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "3", "--of", "2"], "minutes must be from 0 to those of the whole, got 3 of 2"),
+        (["--minutes", "0"], "omni-small.safetensors is not there: nothing has been trained"),
+        (["--publish"], "omni-small.safetensors is not there: nothing has been trained"),
+        (["--test-clips", "-1"], "--test-clips must be a whole number >= 0, got -1"),
+        (["--tokens", "0"], "tokens must be positive, got 0"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["align.py", "--output", str(tmp_path), "--device", "cpu", *options])
+    with pytest.raises(SystemExit) as stopped:
+        align.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_step_in_half_precision(thinker, aligner, speech, clips):

@@ -207,7 +207,9 @@ def test_the_command_writes_one_file(tmp_path, report):
 
 def test_wrong_commands_are_answered(tmp_path, report):
     pytest.importorskip("altair", reason=NEEDS_CHARTS)
-    assert "no rows of accuracy" in report("--html", tmp_path / "x.html", "--results", write(tmp_path / "none"))[0]
+    status, printed = report("--html", tmp_path / "x.html", "--results", write(tmp_path / "none"))
+    assert status == 2
+    assert "no rows of accuracy" in printed.err
     status, printed = report()
     assert status == 2
     assert "--html" in printed.err

@@ -215,8 +215,10 @@ def test_the_command_line(results, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "pictures" / "speed_parts.png").is_file()
     for wrong in (["speed", "--results", str(results), "--commit", "fff"], ["no-such-run"]):
         monkeypatch.setattr(sys, "argv", ["report", *wrong])
-        with pytest.raises(SystemExit, match="error: "):
+        with pytest.raises(SystemExit) as stopped:
             report.main()
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_text_goes_between_marks(tmp_path):
