@@ -18,8 +18,8 @@ from audiopress.compression.base import TOKENS_PER_SECOND
 POINTS = "points"  # fields: x, y, low, high, series, colour, lead, rate, stage, trained, query_aware, and texts to show
 TOKENS, STRIPS, SOUND = "tokens", "strips", "sound"  # what is drawn of a clip
 
-ERRORS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # ticks of an error rate in %
-RATES = (0.4, 0.8, 1.5625, 3.125, 5, 6.25, 25 / 3, 12.5, 25)  # ticks of tokens per second: the rates of `speech.py`
+ERRORS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # ticks of an error rate in %
+RATES = (0.4, 0.8, 1.5625, 3.125, 5, 6.25, 25 / 3, 12.5, 25, 50)  # ticks of tokens per second: those of `speech.py`
 SHARES = (1, 2, 5, 10, 20, 50, 100)  # ticks of % of the tokens
 INK, SOFT = "var(--ink)", "var(--soft)"
 HEIGHT = 340  # px of an accuracy chart; a choice
@@ -32,18 +32,23 @@ def library() -> str:
     return vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")
 
 
-def accuracy_chart(error: bool, x: alt.Scale, ticks: Sequence[float] | None, highest: float) -> dict[str, Any]:
+def accuracy_chart(
+    error: bool, x: alt.Scale, ticks: Sequence[float] | None, lowest: float, highest: float
+) -> dict[str, Any]:
     """Gives the Vega-Lite chart of scores: points, a line per method, intervals, and the Pareto front.
 
     Args:
         error: whether less is better.
         x: the scale of the cost.
         ticks: of x, those that are in its domain; None: wherever they fall.
-        highest: score of all points, in %, so that filters do not move the axis.
+        lowest: score of all points, in %, so that filters do not move the axis.
+        highest: the same.
     """
-    ends = [0, max(110, 1.1 * highest)] if error else [0, 100]
+    ends = [0.7 * lowest if lowest > 1 else 0, max(110, 1.1 * highest)] if error else [0, 100]
     scale = alt.Scale(type="symlog", constant=1, domain=ends) if error else alt.Scale(domain=ends)
-    y_axis = alt.Axis(title=None, values=[tick for tick in ERRORS if tick <= ends[1]] if error else alt.Undefined)
+    y_axis = alt.Axis(
+        title=None, values=[tick for tick in ERRORS if ends[0] <= tick <= ends[1]] if error else alt.Undefined
+    )
     low, high = x.domain
     inside = alt.Undefined if ticks is None else [tick for tick in ticks if low <= tick <= high]
     x_axis = alt.Axis(title=None, format="~g", values=inside, labelFlush=False)
@@ -76,14 +81,13 @@ def accuracy_chart(error: bool, x: alt.Scale, ticks: Sequence[float] | None, hig
     changes = front.transform_window(before="lag(series)", sort=_by("x"))
     changes = changes.transform_filter("datum.series != datum.before")
     changes = changes.transform_window(place="row_number()", sort=_by("x"))
-    names = [  # of those with a colour, every second one farther off; the uncompressed one stands at the right edge
+    names = [  # of those with a colour, in three rows; the uncompressed one stands at the right edge, on the other side
         changes.transform_filter(where)
         .mark_text(fill=INK, fontSize=12, fontWeight=600, align=align, dx=5, dy=dy if error else -dy)
         .encode(at_x, at_y, text="series:N", opacity=faint(1))
         for where, align, dy in (
-            ("datum.lead && datum.place % 2", "left", 12),
-            ("datum.lead && datum.place % 2 == 0", "left", 26),
-            ("datum.stage == 'none'", "right", 12),
+            *((f"datum.lead && datum.place % 3 == {row}", "left", 12 + 14 * row) for row in range(3)),
+            ("datum.stage == 'none'", "right", -10),
         )
     ]
     shape = alt.Shape("stage:N", scale=alt.Scale(domain=list(STAGES), range=list(STAGES.values())), legend=None)
@@ -120,6 +124,7 @@ def accuracy_charts(points: Sequence[dict[str, Any]], error: bool) -> dict[str, 
         return alt.Scale(type="log", domain=[0.9 * min(found), 1.12 * max(found)], **more)
 
     values = [part[key] for point in points for part in point["scores"].values() for key in part]
+    lowest = min((value if low is None else low for value, low, _ in values), default=0)
     highest = max((value for value, *_ in values), default=0)
     axes = {
         "rate": (scale((point["tokens_per_second"] for point in points), (3, TOKENS_PER_SECOND), base=2), RATES),
@@ -128,7 +133,7 @@ def accuracy_charts(points: Sequence[dict[str, Any]], error: bool) -> dict[str, 
     for key in TIMES:
         found = [point["times"][key]["ms"] for point in points if key in point["times"]]
         axes[key] = scale(found, () if found else (1, 10)), None
-    return {name: accuracy_chart(error, *axis, highest) for name, axis in axes.items()}
+    return {name: accuracy_chart(error, *axis, lowest, highest) for name, axis in axes.items()}
 
 
 def tokens_chart() -> dict[str, Any]:
