@@ -38,7 +38,7 @@ from audiopress.compression.base import TOKENS_PER_SECOND
 from audiopress.compression.budget import check_keep_ratio
 from audiopress.data.speech import LANGUAGES, speech_records
 from audiopress.models.packages import FetchError
-from audiopress.models.spoken import Heard, Spoken, cat
+from audiopress.models.spoken import Heard, Spoken
 from audiopress.models.whisper import WHISPER_BASE, CompressedWhisper, Transcript, load_whisper
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,6 @@ class SpeechTestbed:
         self.tokens = sum(sum(part.tokens) for part in self.batches)
         self.hidden: dict[int, list[torch.Tensor]] = {}  # by the layer that reads them; 3 MB a clip of Whisper-base
         self.spoken: Spoken | None = None  # for all methods after the encoder
-        # The weights were published in 16 bits; on a GPU the decoder counts in as many.
-        self.dtype = torch.float16 if whisper.model.device.type == "cuda" else torch.float32
 
     def __call__(self, cell: Cell, trained: Trained | None = None) -> dict[str, Any]:
         """Transcribes all clips and counts the errors.
@@ -91,7 +89,7 @@ class SpeechTestbed:
             options = cell.get("options", {}) | ({} if ratio is None else {"keep_ratio": ratio})
             compressor = self.whisper.build(cell["method"], **options)
         heard = self._as_it_comes() if cell["method"] == TRANSFORMERS else self.hear(compressor)
-        written = self.whisper.transcribe(heard, [clip.language for clip in self.clips], self.dtype)
+        written = self.whisper.transcribe(heard, [clip.language for clip in self.clips], self.whisper.quick_dtype)
         kept = sum(heard.kept)
         return {
             **scores(self.clips, written),
@@ -99,7 +97,7 @@ class SpeechTestbed:
             "tokens": {"audio": [self.tokens, kept]},
             "kept": {"audio": kept / self.tokens},
             "tokens_per_second": TOKENS_PER_SECOND * kept / self.tokens,
-            "decoding": str(self.dtype).removeprefix("torch."),
+            "decoding": str(self.whisper.quick_dtype).removeprefix("torch."),
             "options": None if compressor is None else dataclasses.asdict(compressor.config),
             "stage": None if compressor is None else compressor.stage,
             "query_aware": compressor is not None and compressor.query_aware,
@@ -124,8 +122,7 @@ class SpeechTestbed:
         return Spoken.cat([self.whisper.encode(x.features, x.tokens, compressor, hidden) for x, hidden in pairs])
 
     def _as_it_comes(self) -> Heard:
-        heard = [self.whisper.hear_as_it_comes(part.features, part.tokens) for part in self.batches]
-        return Heard(cat([part.stream for part in heard]), tuple(n for part in heard for n in part.kept))
+        return Heard.cat([self.whisper.hear_as_it_comes(part.features, part.tokens) for part in self.batches])
 
 
 class Measuring:

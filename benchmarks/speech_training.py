@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from audiopress.benchmarks.spelling import spelled
 from audiopress.compression import Compressor
 from audiopress.data.speech import speech_records
 from audiopress.kernels.packed import upload
-from audiopress.models.spoken import Spoken
+from audiopress.models.spoken import Heard, Spoken
 from audiopress.models.whisper import PROMPT_LENGTH, CompressedWhisper, Transcript
 
 log = logging.getLogger(__name__)
@@ -182,31 +183,41 @@ class SpeechTraining:
                 for clip in make_clips(records, language, share * settings.seconds, True, settings.limit, seed + 1)
             ]
         read_all(clips)
-        lessons = [lesson for part in batches(clips, TAUGHT_AT_ONCE) for lesson in self._teach(part)]
+        read = time.perf_counter() - started
+        lessons = self._teach(batches(clips, TAUGHT_AT_ONCE))
         counts, took = (len(lessons), len(clips)), time.perf_counter() - started
-        log.info("%d of %d clips are trained on, those the teacher gets right; made ready in %.0f s", *counts, took)
+        log.info("%d of %d clips are trained on, those the teacher gets right", *counts)
+        log.info("made ready in %.0f s, of which %.0f for reading", took, read)
         if not lessons:
             raise ValueError(f"of {len(clips)} clips to train on the teacher transcribes none")
         return lessons
 
-    def _teach(self, clips: Sequence[Clip]) -> list[Lesson]:
-        """Runs encoder and teacher over some clips; leaves out those that the teacher gets wrong."""
-        whisper, languages = self.whisper, [clip.language for clip in clips]
-        features, tokens = whisper.features([clip.sound() for clip in clips])
-        with self._autocast():
-            spoken = whisper.encode(features, tokens)
-            heard = whisper.hear_as_it_comes(features, tokens)
-        written = whisper.transcribe(heard, languages)
+    def _teach(self, parts: Sequence[tuple[Clip, ...]]) -> list[Lesson]:
+        """Runs encoder and teacher over clips in parts; leaves out those that the teacher gets wrong."""
+        whisper, dtype = self.whisper, torch.bfloat16 if self.whisper.model.device.type == "cuda" else torch.float32
+        spoken: list[list[Spoken]] = []
+        heard: list[Heard] = []
+        for clips in parts:
+            features, tokens = whisper.features([clip.sound() for clip in clips])
+            with self._autocast():
+                spoken.append([own.to(dtype) for own in whisper.encode(features, tokens).split()])
+                heard.append(whisper.hear_as_it_comes(features, tokens).to(dtype))
+        # All parts at once: a step of decoding takes as long for few clips as for many.
+        languages = [clip.language for clips in parts for clip in clips]
+        written = whisper.transcribe(Heard.cat(heard), languages, whisper.quick_dtype)
         ids = whisper.texts([transcript.text for transcript in written], languages)
-        with self._autocast():
-            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, :-1]
-            states = whisper.follow(heard, upload(padded.contiguous(), features.device))
-        dtype = torch.bfloat16 if features.is_cuda else torch.float32
-        return [
-            Lesson(own.to(dtype), x, state[: len(x) - 1].to(dtype))
-            for clip, transcript, own, x, state in zip(clips, written, spoken.split(), ids, states, strict=True)
-            if is_right(clip, transcript)
-        ]
+        lessons, ends = [], list(accumulate(len(clips) for clips in parts))
+        for clips, own_spoken, own_heard, end in zip(parts, spoken, heard, ends, strict=True):
+            own_written, own_ids = (x[end - len(clips) : end] for x in (written, ids))
+            padded = torch.nn.utils.rnn.pad_sequence(own_ids, batch_first=True)[:, :-1]
+            with self._autocast():
+                states = whisper.follow(own_heard, upload(padded.contiguous(), whisper.model.device))
+            lessons += [
+                Lesson(own, x, state[: len(x) - 1].to(dtype))
+                for clip, transcript, own, x, state in zip(clips, own_written, own_spoken, own_ids, states, strict=True)
+                if is_right(clip, transcript)
+            ]
+        return lessons
 
     def _autocast(self) -> Any:
         device = self.whisper.model.device.type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,16 @@ class Heard:
     stream: TokenStream
     kept: tuple[int, ...]
     by_size: bool = False
+
+    @classmethod
+    def cat(cls, batches: Sequence[Heard]) -> Heard:
+        """Gives the clips of several batches as one; they are of one method."""
+        streams, kept = (tuple(getattr(batch, name) for batch in batches) for name in ("stream", "kept"))
+        return cls(cat(streams), tuple(n for part in kept for n in part), batches[0].by_size)
+
+    def to(self, dtype: torch.dtype) -> Heard:
+        """Gives it with its tokens in a dtype."""
+        return replace(self, stream=self.stream.replace(embeds=self.stream.embeds.to(dtype)))
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Gives the tokens `[C, K, D]`, and what is added to the attention logits of each, `[C, K]`."""
