@@ -29,6 +29,7 @@ from audiopress.benchmarks.event_testbed import Recipe, TimeSettings
 from audiopress.benchmarks.speed_tables import markdown
 from audiopress.compression import available, build
 from audiopress.compression.base import check_count
+from audiopress.compression.budget import check_keep_ratio
 from audiopress.compression.registry import QWEN_7B
 from audiopress.data.timeline import SPLITS
 from audiopress.models import storage
@@ -37,6 +38,12 @@ from audiopress.models.rewrite import POSITIONS
 
 KEEP_RATIOS = (0.5, 0.25, 0.2, 0.125)  # of the audio
 JOINT_RATIOS = (0.2, 0.1, 0.05)  # of audio and video together
+RECIPE_HELP = {
+    "batch": "of training: dialogues per step",
+    "learning_rate": "of LoRA",
+    "connector_learning_rate": "of a method's own weights",
+    "lora_r": "rank, and alpha, of LoRA",
+}
 
 
 def training_free() -> list[str]:
@@ -73,14 +80,14 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that need no training")
     parser.add_argument("--keep-ratios", type=float, nargs="+", help="tokens out / in; of joint methods, of both kinds")
     parser.add_argument("--positions", choices=POSITIONS, default=POSITIONS[0], help="a variant has its own")
-    parser.add_argument("--steps", type=int, default=0, help="of training, before every cell; 0: as the model is")
+    parser.add_argument("--steps", type=int, default=0, help="of training before every cell; 0: none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a cell for each")
     for field in dataclasses.fields(Recipe):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help="of training")
+        parser.add_argument(name, type=type(field.default), default=field.default, help=RECIPE_HELP[field.name])
     parser.add_argument("--split", choices=SPLITS, default="test", help="tune on validation, never on test")
-    parser.add_argument("--limit", type=int, help="clips")
-    parser.add_argument("--num-frames", type=int, default=50, help="of a video")
+    parser.add_argument("--limit", type=int, help="clips to ask about, at most")
+    parser.add_argument("--num-frames", type=int, default=50, help="of each clip")
     parser.add_argument("--room", type=int, help="tokens of a batch of questions; less needs less memory")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode clips; 0: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -97,6 +104,10 @@ def make_cells(args: argparse.Namespace, settings: TimeSettings) -> list[Cell]:
     """
     check_count("--steps", args.steps, least=0)
     check_count("--workers", args.workers, least=0)
+    for seed in args.seeds:
+        check_count("--seeds", seed, least=0)
+    for keep_ratio in args.keep_ratios or ():
+        check_keep_ratio(keep_ratio)
     common = settings.common() | {"options": {}, "positions": args.positions, "steps": args.steps}
     common |= settings.training() if args.steps else {}
     pairs: list[tuple[str, float | None]] = []

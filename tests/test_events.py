@@ -317,6 +317,8 @@ def test_the_command_on_a_saved_variant(data_set, processor, tmp_path, monkeypat
         (["--limit", "0"], "limit must be a whole number >= 1, got 0"),
         (["--methods", "stacking"], "stacking has weights to train: give --steps, or --model a saved variant"),
         (["--methods", "nothing"], "nothing"),
+        (["--keep-ratios", "2"], "keep_ratio is tokens out / tokens in and must be in (0, 1], got 2.0"),
+        (["--seeds", "-1"], "--seeds must be a whole number >= 0, got -1"),
         (["--steps", "-1"], "--steps must be a whole number >= 0, got -1"),
         (["--lora-r", "0", "--steps", "1"], "lora_r must be a whole number >= 1, got 0"),
     ],
