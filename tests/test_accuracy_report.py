@@ -157,6 +157,8 @@ def test_the_table_of_words(tmp_path):
     assert lines[1][3].startswith("**")
     assert lines[2][4].endswith(" at 12.5/s")
     assert lines[3][2] == "oom"
+    (line,) = cells_of(words(points_of([rows[-1]], tmp_path)))[2:]
+    assert line == ["`dart`", "", "oom"]
 
 
 def test_the_table_of_times(tmp_path):

@@ -14,7 +14,7 @@ NEEDS = ("audio", "video", "both")
 def words(points: Sequence[Point]) -> str:
     """Gives a line per method and a column per rate: word error rates in percent, bold on the Pareto front."""
     good = [point for point in points if point.ok]
-    ratios = sorted({p.first["keep_ratio"] for p in good if p.first["keep_ratio"]}, reverse=True)
+    ratios = sorted({p.first["keep_ratio"] for p in points if p.first["keep_ratio"]}, reverse=True)
     own_rate = any(not p.is_baseline and not p.first["keep_ratio"] for p in good)
     best = {id(point) for front in fronts(good, "wer") for point in front}
     lines = []
