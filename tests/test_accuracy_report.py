@@ -126,6 +126,11 @@ def test_the_front_is_of_means_over_seeds(tmp_path):
     assert [point.label for point in front(points, "wer")] == ["ward"]
 
 
+def test_equal_points_are_both_on_the_front(tmp_path):
+    points = points_of([speech_row(method, 0.25) | {"wer": 0.2} for method in ("ward", "atome")], tmp_path)
+    assert [point.label for point in front(points, "wer")] == ["ward", "atome"]
+
+
 def test_methods_without_training_have_a_front_of_their_own(tmp_path):
     rows = [speech_row("ward", 0.25) | {"wer": 0.2}, speech_row("pooling", 0.25) | {"wer": 0.3}]
     points = points_of(rows, tmp_path)

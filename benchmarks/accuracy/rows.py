@@ -151,7 +151,7 @@ def front(points: Sequence[Point], metric: str) -> list[Point]:
 
     best, found = float("inf"), []
     for point in sorted(points, key=place):
-        if (value := place(point)[1]) < best:
+        if (value := place(point)[1]) < best or (found and place(found[-1]) == place(point)):
             best = value
             found.append(point)
     return found
