@@ -60,7 +60,7 @@ def open_speech(settings: SpeechSettings, device: torch.device) -> Measure:
     for language in settings.languages:
         records = [record for split in settings.splits for record in speech_records(split, [language])]
         clips += make_clips(records, language, seconds, settings.joined, settings.limit)
-    lessons = Settings(settings.languages, SECONDS[True], settings.limit, settings.train_batch, settings.train_rate)
+    lessons = Settings(settings.languages, SECONDS[True], settings.limit, settings.train_batch, (settings.train_rate,))
     testbed = SpeechTestbed(whisper, clips, settings.batch)
     return Measuring({settings.joined: testbed}, SpeechTraining(whisper, lessons), {})
 

@@ -246,7 +246,14 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--limit", type=int, help="clips of each language, in training of each join")
     parser.add_argument("--train-steps", type=int, default=400, help="0 leaves out methods that must be trained")
     parser.add_argument("--train-batch", type=int, default=32, help="clips per step")
-    parser.add_argument("--train-rate", type=float, default=1e-3, help="of learning")
+    parser.add_argument(
+        "--train-rate",
+        type=float,
+        nargs="+",
+        default=[1e-3],
+        metavar="RATE",
+        help="of learning; of several each method gets the one that does best on held back prompts of the train split",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of training")
     parser.add_argument("--batch", type=int, default=32, help="clips that the encoder takes at once")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="of N parts of the cells, the I-th")
@@ -274,13 +281,15 @@ def main() -> None:
             number_words("1", language)  # where the package for it is missing, that is told now
         whisper = load_whisper(args.model).to(device)
         kinds = [True] if args.joined else [False] if args.single else [True, False]
-        settings = Settings(tuple(args.languages), SECONDS[True], args.limit, args.train_batch, args.train_rate)
+        settings = Settings(tuple(args.languages), SECONDS[True], args.limit, args.train_batch, tuple(args.train_rate))
+        several = len(args.train_rate) > 1  # then a row's `train_rate` is the one that was chosen
+        rates = {"train_rates": args.train_rate} if several else {"train_rate": args.train_rate[0]}
         groups = speech_cells(
             whisper,
             [*BASELINES, *(args.methods or methods_for(whisper))],
             keep_ratios,
             kinds,
-            {"steps": args.train_steps, "train_batch": args.train_batch, "train_rate": args.train_rate},
+            {"steps": args.train_steps, "train_batch": args.train_batch, **rates},
             args.seeds,
             **{name: getattr(args, name) for name in ("model", "languages", "splits", "limit")},
         )

@@ -5,6 +5,9 @@ of them once, and so does the teacher: Whisper as it comes, which reads all 50 s
 decoder behind a compressor, learns the teacher's transcripts by cross-entropy, and all that the teacher thought likely
 at each place; as in Distil-Whisper, arXiv 2311.00430. The prompts' own texts have no steady spelling and punctuation,
 which a compressor would learn, too; they only tell which transcripts are wrong.
+
+A rate of learning that suits one method may ruin another. Where several are given, every method is trained with each,
+and the one is kept that does best on prompts of the train split that were held back.
 """
 
 from __future__ import annotations
@@ -12,17 +15,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from audiopress.benchmarks.metrics import wer
-from audiopress.benchmarks.speech_clips import Clip, batches, make_clips, read_all
+from audiopress.benchmarks.speech_clips import SEED, Clip, batches, make_clips, read_all
 from audiopress.benchmarks.spelling import spelled
 from audiopress.compression import Compressor
 from audiopress.data.speech import speech_records
@@ -33,6 +37,7 @@ from audiopress.models.whisper import PROMPT_LENGTH, CompressedWhisper, Transcri
 log = logging.getLogger(__name__)
 
 JOINS = (1.0, 1.0, 1.0, 0.5, 0.25)  # the train split is joined once for each, to this share of the longest; a guess
+HELD_BACK = 0.1  # of the train split's prompts; a guess
 WORST = 0.3  # word error rate of a transcript to learn; a guess, as the prompts' spelling alone makes some errors
 DISTILLATION = 0.8  # beside cross-entropy's 1: Distil-Whisper, arXiv 2311.00430
 WARM_UP = 0.1  # of the steps; this, the decay and the norm are guesses, the usual ones
@@ -50,14 +55,14 @@ class Settings:
         seconds: of the longest clip.
         limit: at most so many clips of each language and join.
         batch: clips per step.
-        rate: of learning, after the warm-up.
+        rates: of learning, after the warm-up.
     """
 
     languages: tuple[str, ...]
     seconds: float
     limit: int | None = None
     batch: int = 32
-    rate: float = 1e-3
+    rates: tuple[float, ...] = (1e-3,)
 
 
 @dataclass(frozen=True)
@@ -77,17 +82,34 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Trained:
-    """A compressor that was trained, and how it went: losses are means over the last tenth of the steps."""
+    """A compressor that was trained, and how it went.
+
+    Args:
+        compressor: the best of those of all rates.
+        rate: its rate of learning.
+        seconds: of training it.
+        cross_entropy: mean over the last tenth of the steps.
+        distillation: the same.
+        held_back: by rate, the whole loss on what was held back; None where nothing was.
+    """
 
     compressor: Compressor
+    rate: float
     seconds: float
     cross_entropy: float
     distillation: float
+    held_back: dict[float, float] | None = None
 
     def row(self) -> dict[str, Any]:
         """Gives what a result's row says of it."""
         losses = {"cross_entropy": self.cross_entropy, "distillation": self.distillation}
-        return {"training_seconds": self.seconds, "training_losses": losses}
+        held_back = None if self.held_back is None else {f"{rate:g}": loss for rate, loss in self.held_back.items()}
+        found = {"training_seconds": self.seconds, "training_losses": losses}
+        return found | {"train_rate": self.rate, "held_back_losses": held_back}
+
+
+class Diverged(ValueError):
+    """A loss became infinite."""
 
 
 class SpeechTraining:
@@ -102,9 +124,10 @@ class SpeechTraining:
         self.whisper = whisper
         self.settings = settings
         self.lessons: list[Lesson] = []
+        self.held_back: list[Lesson] = []
 
     def __call__(self, method: str, ratios: Sequence[float | None], steps: int, seed: int) -> Trained:
-        """Trains one.
+        """Trains one with every rate of learning, and gives the best.
 
         Args:
             method: its name.
@@ -113,20 +136,39 @@ class SpeechTraining:
             seed: of its weights, of dropout, and of what each step draws.
 
         Raises:
-            ValueError: it acts inside the encoder, or its loss became infinite.
+            ValueError: it acts inside the encoder, its loss became infinite with every rate, or there are several
+                rates and nothing was held back.
         """
-        self.lessons = self.lessons or self._encode()
+        if not self.lessons:
+            self.lessons, self.held_back = self._encode()
+        rates = self.settings.rates
+        if len(rates) > 1 and not self.held_back:
+            raise ValueError(f"to choose among {len(rates)} rates of learning, more prompts must be there")
+        trained, errors = [], []
+        for rate in rates:
+            try:
+                trained.append(self._train(method, ratios, steps, seed, rate))
+            except Diverged as error:
+                errors.append(error)
+        if not trained:
+            raise errors[0]
+        if not self.held_back:
+            return trained[0]
+        held_back = {one.rate: self._held_back_loss(one, ratios) for one in trained}
+        best = min(trained, key=lambda one: held_back[one.rate])
+        return replace(best, held_back=held_back)
+
+    def _train(self, method: str, ratios: Sequence[float | None], steps: int, seed: int, rate: float) -> Trained:
+        """Trains one with one rate of learning."""
         device = self.whisper.model.device
         torch.manual_seed(seed)
         options = {} if ratios[0] is None else {"keep_ratio": ratios[0]}
         compressor = self.whisper.build(method, **options).train()
         if compressor.split()[0] is not None:
             raise ValueError(f"{method} acts inside the encoder, whose states are computed once before training")
-        variants = [compressor, *(compressor.at(ratio) for ratio in ratios[1:] if ratio is not None)]
+        variants = _variants(compressor, ratios)
         learned = [p for name, p in compressor.named_parameters() if name not in compressor.frozen]
-        optimizer = torch.optim.AdamW(
-            learned, self.settings.rate, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
-        )
+        optimizer = torch.optim.AdamW(learned, rate, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
         schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
         draw = torch.Generator().manual_seed(seed)
         losses, started = [], time.perf_counter()
@@ -144,8 +186,19 @@ class SpeechTraining:
             losses.append(torch.stack([cross_entropy, distillation]).detach())
         last = torch.stack(losses[-max(1, steps // 10) :]).mean(dim=0)
         if not last.isfinite().all():
-            raise ValueError(f"the loss of {method} became infinite")
-        return Trained(compressor.eval(), time.perf_counter() - started, *last.tolist())
+            raise Diverged(f"the loss of {method} became infinite")
+        return Trained(compressor.eval(), rate, time.perf_counter() - started, *last.tolist())
+
+    @torch.no_grad()
+    def _held_back_loss(self, trained: Trained, ratios: Sequence[float | None]) -> float:
+        """Gives the mean loss on what was held back, over all ratios."""
+        size, losses = self.settings.batch, []
+        for variant in _variants(trained.compressor, ratios):
+            for i in range(0, len(self.held_back), size):
+                with self._autocast():
+                    cross_entropy, distillation, others = self._losses(self.held_back[i : i + size], variant)
+                losses.append(cross_entropy + DISTILLATION * distillation + others)
+        return float(torch.stack(losses).mean())
 
     def _losses(self, lessons: Sequence[Lesson], compressor: Compressor) -> tuple[Tensor, Tensor, Tensor]:
         """Gives cross-entropy and distillation per token of the texts, and what the method adds itself."""
@@ -172,28 +225,33 @@ class SpeechTraining:
         )
 
     @torch.no_grad()
-    def _encode(self) -> list[Lesson]:
-        """Joins the prompts and runs encoder and teacher over all clips."""
-        started, settings, clips = time.perf_counter(), self.settings, []
+    def _encode(self) -> tuple[list[Lesson], list[Lesson]]:
+        """Joins the prompts and runs encoder and teacher over all clips, to learn from and held back."""
+        started, settings = time.perf_counter(), self.settings
+        clips: list[Clip] = []
+        held_back: list[Clip] = []
         for language in settings.languages:
             records = speech_records("train", [language])
-            clips += [
-                clip
-                for seed, share in enumerate(JOINS)
-                for clip in make_clips(records, language, share * settings.seconds, True, settings.limit, seed + 1)
-            ]
-        read_all(clips)
+            last = len(records) - int(HELD_BACK * len(records))
+            order = np.random.default_rng(SEED).permutation(len(records))
+            own, kept = ([records[i] for i in part] for part in (order[:last], order[last:]))
+            for seed, share in enumerate(JOINS):
+                clips += make_clips(own, language, share * settings.seconds, True, settings.limit, seed + 1)
+            held_back += make_clips(kept, language, settings.seconds, True, settings.limit)
+        read_all([*clips, *held_back])
         read = time.perf_counter() - started
-        lessons = self._teach(batches(clips, TAUGHT_AT_ONCE))
+        lessons, held = (self._teach(batches(part, TAUGHT_AT_ONCE)) for part in (clips, held_back))
         counts, took = (len(lessons), len(clips)), time.perf_counter() - started
         log.info("%d of %d clips are trained on, those the teacher gets right", *counts)
         log.info("made ready in %.0f s, of which %.0f for reading", took, read)
         if not lessons:
             raise ValueError(f"of {len(clips)} clips to train on the teacher transcribes none")
-        return lessons
+        return lessons, held
 
     def _teach(self, parts: Sequence[tuple[Clip, ...]]) -> list[Lesson]:
         """Runs encoder and teacher over clips in parts; leaves out those that the teacher gets wrong."""
+        if not parts:
+            return []
         whisper, dtype = self.whisper, torch.bfloat16 if self.whisper.model.device.type == "cuda" else torch.float32
         spoken: list[list[Spoken]] = []
         heard: list[Heard] = []
@@ -222,6 +280,11 @@ class SpeechTraining:
     def _autocast(self) -> Any:
         device = self.whisper.model.device.type
         return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def _variants(compressor: Compressor, ratios: Sequence[float | None]) -> list[Compressor]:
+    """Gives a compressor of the first ratio at all of them, with the same weights."""
+    return [compressor, *(compressor.at(ratio) for ratio in ratios[1:] if ratio is not None)]
 
 
 def is_right(clip: Clip, transcript: Transcript) -> bool:

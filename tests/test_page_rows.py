@@ -153,7 +153,7 @@ def test_the_command_asks_the_speech_benchmark_for_this_row(monkeypatch, more):
         assert args.methods == [row["method"]]
         assert args.rates == [25 * row["keep_ratio"]]
     if "steps" in row:
-        assert (args.train_steps, args.train_batch, args.train_rate, args.seeds) == (40, 4, 0.01, [2])
+        assert (args.train_steps, args.train_batch, args.train_rate, args.seeds) == (40, 4, [0.01], [2])
 
 
 def test_the_command_asks_the_time_benchmark_for_this_row(monkeypatch):

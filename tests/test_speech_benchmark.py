@@ -1,5 +1,6 @@
 """The speech benchmark: clips, spelling, scores, cells, training and the command, on a tiny Whisper and noise."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -180,7 +181,7 @@ def training(whisper, monkeypatch, tmp_path):
     made = records(tmp_path, [0.5, 0.3, 0.2, 0.9])
     monkeypatch.setattr(speech_training, "speech_records", lambda split, languages: made if split == "train" else [])
     monkeypatch.setattr(speech_training, "is_right", lambda clip, transcript: True)  # random weights never are
-    return SpeechTraining(whisper, Settings(("en",), 1.0, batch=4, rate=3e-3))
+    return SpeechTraining(whisper, Settings(("en",), 1.0, batch=4, rates=(3e-3,)))
 
 
 @pytest.mark.parametrize("method", ["ward-refined", "stacking", "pooling:qwen2-audio", "fastlongspeech"])
@@ -197,10 +198,48 @@ def test_training_lowers_the_loss_and_leaves_whisper_alone(training, method):
     assert all(torch.equal(p, before[name]) for name, p in whisper.model.named_parameters())
 
 
+def test_of_several_rates_of_learning_the_one_that_does_best_on_held_back_prompts_stays(training, monkeypatch):
+    training.settings = dataclasses.replace(training.settings, rates=(3e-3, 1e-9))
+    with pytest.raises(ValueError, match="to choose among 2 rates of learning, more prompts must be there"):
+        training("stacking", [0.5], 1, 0)
+    monkeypatch.setattr(speech_training, "HELD_BACK", 0.5)
+    training.lessons = []
+    best = training("ward-refined", [0.5, 0.25], 30, 0)
+    assert best.rate == 3e-3 == min(best.held_back, key=best.held_back.get)
+    assert set(best.held_back) == {3e-3, 1e-9}
+    row = best.row()
+    assert (row["train_rate"], list(row["held_back_losses"])) == (3e-3, ["0.003", "1e-09"])
+    assert 0 < len(training.held_back) <= training.settings.batch, "one batch"
+    with torch.no_grad():
+        losses = [training._losses(training.held_back, best.compressor.at(ratio)) for ratio in (0.5, 0.25)]
+    want = sum(a + speech_training.DISTILLATION * b for a, b, _ in losses) / 2
+    assert best.held_back[3e-3] == pytest.approx(float(want), rel=1e-4)
+
+
+def test_a_rate_that_diverges_is_left_out(training, monkeypatch):
+    monkeypatch.setattr(speech_training, "HELD_BACK", 0.5)
+    training.settings = dataclasses.replace(training.settings, rates=(1e30, 3e-3))
+    best = training("stacking", [0.5], 4, 0)
+    assert (best.rate, set(best.held_back)) == (3e-3, {3e-3})
+    training.settings = dataclasses.replace(training.settings, rates=(1e30,))
+    with pytest.raises(ValueError, match="the loss of stacking became infinite"):
+        training("stacking", [0.5], 4, 0)
+
+
+def test_held_back_prompts_are_not_learned(training, monkeypatch):
+    taught = []
+    monkeypatch.setattr(speech_training, "HELD_BACK", 0.5)
+    monkeypatch.setattr(training, "_teach", lambda parts: taught.append([c for p in parts for c in p]) or [None])
+    training._encode()
+    learned, held_back = ({prompt.audio for clip in clips for prompt in clip.prompts} for clips in taught)
+    assert (len(learned), len(held_back)) == (2, 2)
+    assert not learned & held_back
+
+
 def test_the_teacher_has_nothing_to_teach_where_nothing_is_left_out(training, monkeypatch):
     """The student that hears what the teacher hears agrees with it."""
     whisper = training.whisper
-    lessons = training._encode()
+    lessons, _ = training._encode()
     parts = [lesson.spoken for lesson in lessons]
     assert len(lessons) > len(speech_training.JOINS), "each join gives a clip or more"
     assert all(part.speech.lengths[0] + part.silence.lengths[0] == 25 for part in parts)
