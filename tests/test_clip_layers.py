@@ -78,6 +78,19 @@ def test_no_attention_map_is_kept():
     assert largest.numbers == len(lengths) * 128 * WIDTH  # the tokens, padded
 
 
+@pytest.mark.gpu
+def test_a_gpu_takes_more_clips_than_a_map_has_numbers_for():
+    torch.manual_seed(0)
+    layers, lengths = ClipLayers(64, 1, 8, 64).eval(), (730, *[70] * 504)
+    x = torch.randn(sum(lengths), 64)
+    with torch.no_grad():
+        found = layers.cuda()(x.cuda(), lengths).cpu()
+        layers.cpu()
+        for clip in (slice(0, 730), slice(len(x) - 70, len(x))):
+            want = layers(x[clip], (clip.stop - clip.start,))
+            torch.testing.assert_close(found[clip], want, rtol=1e-3, atol=1e-3)
+
+
 def test_no_method_has_torchs_layers():
     """So a stack of them has one place, where nothing is kept that grows with the square of a clip's length."""
     parts = [part for case in ALL_CASES for part in case.build().modules()]
