@@ -96,6 +96,13 @@ def test_labels_tell_how_methods_were_trained_where_that_differs(tmp_path):
     ]
 
 
+def test_seeds_with_other_chosen_rates_are_one_point(tmp_path):
+    common = {"steps": 9, "train_rates": [1e-3, 1e-4]}
+    rows = [speech_row("stacking", 0.25, seed=seed, train_rate=10.0 ** -(3 + seed), **common) for seed in (0, 1)]
+    (point,) = points_of(rows, tmp_path)
+    assert (point.label, len(point.rows)) == ("stacking, 9 steps", 2)
+
+
 def test_a_failed_seed_leaves_the_others(tmp_path):
     bad = {"status": "failed", "message": "ValueError: no"}
     rows = [time_row("ward", 0.25, steps=9, seed=0) | bad, time_row("ward", 0.25, steps=9, seed=1)]

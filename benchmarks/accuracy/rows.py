@@ -183,8 +183,8 @@ def identity(row: Row, seed: bool = True) -> str:
     """Gives what tells a row's cell from others; without `seed` those of all seeds are one."""
     testbed = testbed_of(row)
     assert testbed is not None
-    names = {*CLIPS[testbed], *CELL, *(TRAINING if row.get("steps") else ())}
-    own = {name: row.get(name) or None for name in names} | {"options": asked_options(row)}
+    own = {name: row.get(name) or None for name in (*CLIPS[testbed], *CELL)} | {"options": asked_options(row)}
+    own |= training_of(row)
     return json.dumps([testbed, own, (row.get("seed") or 0) if seed else None], sort_keys=True)
 
 
@@ -206,16 +206,21 @@ def name_sets(rows: Iterable[Row]) -> dict[str, str]:
     return names
 
 
-def differences(rows: Sequence[Row]) -> dict[str, list[str]]:
+def training_of(row: Row) -> Row:
+    """Gives how a row's method was to be trained; of several rates of learning all, not the one that was chosen."""
+    found = {name: row.get(f"{name}s") or row.get(name) for name in TRAINING} if row.get("steps") else {}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def differences(rows: Iterable[Row]) -> dict[str, list[str]]:
     """Gives, by testbed, what a label must tell as rows differ in it: the model, and how methods were trained."""
-    values = {
-        (testbed, name): {row[name] for row in rows if testbed_of(row) == testbed and row.get(name) is not None}
-        for testbed in CLIPS
-        for name in ("model", *TRAINING)
-    }
-    return {
-        testbed: [name for own, name in values if own == testbed and len(values[own, name]) > 1] for testbed in CLIPS
-    }
+    values: dict[str, dict[str, set[str]]] = {testbed: {} for testbed in CLIPS}
+    for row in rows:
+        testbed = testbed_of(row)
+        assert testbed is not None
+        for name, value in ({"model": row["model"]} | training_of(row)).items():
+            values[testbed].setdefault(name, set()).add(str(value))
+    return {testbed: [name for name, found in own.items() if len(found) > 1] for testbed, own in values.items()}
 
 
 def label(row: Row, differing: Sequence[str] = ()) -> str:
@@ -224,7 +229,8 @@ def label(row: Row, differing: Sequence[str] = ()) -> str:
     details += ["contiguous"] if row.get("positions") == "contiguous" else []
     if row.get("steps") and testbed_of(row) == SPEECH:
         details.append(f"{row['steps']} steps" + ", elastic" * bool(row.get("elastic")))
-    details += [row[name] if name == "model" else f"{name} {row[name]}" for name in differing if row.get(name)]
+    details += [f"{name} {value}" for name, value in training_of(row).items() if name in differing]
+    details += [row["model"]] if "model" in differing else []
     names = {TRANSFORMERS: "transformers, as it comes", NONE: "uncompressed"}
     return ", ".join([names.get(row["method"], row["method"]), *details])
 

@@ -23,6 +23,7 @@ from audiopress.benchmarks.accuracy.rows import (
     label,
     name_sets,
     testbed_of,
+    training_of,
 )
 from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
 from audiopress.benchmarks.speed_report import select
@@ -178,8 +179,9 @@ def _speech(row: Row) -> list[str]:
     words += [*_option(row, "languages"), *_option(row, "splits"), "--joined" if row["joined"] else "--single"]
     words += _option(row, "limit")
     if row.get("steps"):
+        asked = row | training_of(row)  # of several rates of learning all, not the one that was chosen
         for name, option in (("steps", "train-steps"), ("train_batch",) * 2, ("train_rate",) * 2, ("seed", "seeds")):
-            words += _option(row, name, option)
+            words += _option(asked, name, option)
     return words
 
 
