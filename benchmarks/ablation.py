@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from audiopress.benchmarks.cells import Cell, Parser, attempt, check_device, read_rows, stop_if_lost
+from audiopress.benchmarks.cells import Cell, Parser, append, attempt, check_device, read_rows, stop_if_lost
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.event_testbed import TimeSettings
 from audiopress.benchmarks.grids import Ablation, Planned, SpeechSettings, read_ablation
@@ -68,12 +68,6 @@ def open_speech(settings: SpeechSettings, device: torch.device) -> Measure:
 def key(cell: Cell) -> str:
     """Gives what identifies a cell."""
     return json.dumps(cell, sort_keys=True)
-
-
-def append(row: Mapping[str, Any], output: Path) -> None:
-    """Adds a row in one write, so that processes that share a file do not write into each other's lines."""
-    with output.open("ab", buffering=0) as file:
-        file.write(json.dumps(row).encode() + b"\n")
 
 
 def run(

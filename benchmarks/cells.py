@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +20,8 @@ from tqdm import tqdm
 from audiopress.compression import build
 from audiopress.compression.budget import check_keep_ratio
 from audiopress.compression.registry import QWEN_7B
+
+log = logging.getLogger(__name__)
 
 TRANSFORMERS = "transformers"  # the uncompressed model as transformers runs it
 NONE = "none"  # ours without a compressor
@@ -114,8 +118,26 @@ def ratios_of(name: str, keep_ratios: Sequence[float]) -> Sequence[float | None]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Gives the rows of a file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+    """Gives the rows of a file; none where there is no file.
+
+    A line that is no JSON, as a run leaves it that is killed while it writes, is no row; that is logged.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            log.warning("%s: line %d is cut off and no row", path, number)
+    return rows
+
+
+def append(row: Mapping[str, Any], path: Path) -> None:
+    """Adds a row in one write, so that processes that share a file do not write into each other's lines."""
+    with path.open("a+b", buffering=0) as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+        end = b"\n" if size and file.read(1) != b"\n" else b""  # the last line was cut off
+        file.write(end + json.dumps(row).encode() + b"\n")
 
 
 def run_cells(
@@ -143,17 +165,15 @@ def run_cells(
     known = where["commit"] is not None and not where["dirty"]
     before = [row for row in read_rows(output) if known and same.items() <= row.items() and row["status"] != "failed"]
     rows = []
-    with output.open("a") as file:
-        for cell in (bar := tqdm(cells, disable=None)):
-            names = ("method", "keep_ratio", "seconds")
-            bar.set_postfix_str(", ".join(str(cell[name]) for name in names if cell.get(name)))
-            row = next((row for row in before if cell.items() <= row.items()), None)
-            if row is None:
-                row = where | cell | attempt(measure, cell)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                stop_if_lost(row)
-            rows.append(row)
+    for cell in (bar := tqdm(cells, disable=None)):
+        names = ("method", "keep_ratio", "seconds")
+        bar.set_postfix_str(", ".join(str(cell[name]) for name in names if cell.get(name)))
+        row = next((row for row in before if cell.items() <= row.items()), None)
+        if row is None:
+            row = where | cell | attempt(measure, cell)
+            append(row, output)
+            stop_if_lost(row)
+        rows.append(row)
     return rows
 
 

@@ -12,8 +12,8 @@ from test_timeline import data_set, folder, stamps  # noqa: F401  (fixtures)
 from tiny import tiny_processor, tiny_thinker
 
 from audiopress.benchmarks import ablation, event_testbed
-from audiopress.benchmarks.ablation import append, run
-from audiopress.benchmarks.cells import read_rows
+from audiopress.benchmarks.ablation import run
+from audiopress.benchmarks.cells import append, read_rows
 from audiopress.benchmarks.event_clips import load_clips
 from audiopress.benchmarks.event_testbed import TimeSettings, TimeTestbed
 from audiopress.benchmarks.grids import SpeechSettings, read_ablation

@@ -9,7 +9,7 @@ import torch
 from tiny import make_thinker
 
 from audiopress.benchmarks import random_model, throughput, training
-from audiopress.benchmarks.cells import run_cells
+from audiopress.benchmarks.cells import append, read_rows, run_cells
 from audiopress.benchmarks.environment import energy, joules, memory
 from audiopress.benchmarks.random_model import ANSWER, LLM, make_batch, random_thinker
 from audiopress.models import CompressedOmni
@@ -108,6 +108,15 @@ def test_a_failing_cell_does_not_stop_the_others(run, monkeypatch):
         assert [row["status"] for row in rows[-3:]] == ["oom", "failed", "ok"]
         assert "out of memory" in printed
         assert "ValueError: not here" in printed
+
+
+def test_a_line_that_was_cut_off_is_no_row_and_spoils_no_other(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    append({"a": 1}, path)
+    path.write_bytes(path.read_bytes() + b'{"b": ')
+    append({"c": 3}, path)
+    assert read_rows(path) == [{"a": 1}, {"c": 3}]
+    assert "rows.jsonl: line 2 is cut off" in caplog.text
 
 
 @pytest.mark.parametrize("lost", [True, False])
