@@ -85,7 +85,6 @@ def test_english_is_spelled_as_by_whispers_authors():
     ],
 )
 def test_numbers_are_spelled_as_words(language, digits, words):
-    pytest.importorskip("num2words", reason="needs num2words, of the extra 'bench'")
     assert spelled(digits, language).split() == words.split()
     assert spelled(words, language).split() == words.split(), "what is spelled already stays"
 
@@ -135,7 +134,6 @@ def test_a_row_for_every_cell(run):
 
 
 def test_several_languages(run):
-    pytest.importorskip("num2words", reason="needs num2words, of the extra 'bench'")
     rows, _ = run("--methods", "ward", "--rates", "5", "--languages", "en", "fr", "--single")
     assert [row["status"] for row in rows] == ["ok"] * 5
     assert [list(row["by_language"]) for row in rows] == [["en", "fr"]] * 5
