@@ -165,12 +165,12 @@ class _Flite:
         names += [f"libflite_cmu_us_{voice}.so.1" for voice in _FLITE_VOICES]
         found = {file.name: file for folder in folders for file in folder.rglob("*.so.*")}
         libraries = [ctypes.CDLL(str(found[name]), ctypes.RTLD_GLOBAL) for name in names]  # each needs those before
-        self.library = libraries[1]
-        self.library.flite_init()
-        self.library.flite_text_to_wave.argtypes = (ctypes.c_char_p, ctypes.POINTER(_Speaker))
-        self.library.flite_text_to_wave.restype = ctypes.POINTER(_Wave)
-        self.library.delete_wave.argtypes = (ctypes.POINTER(_Wave),)
-        self.library.flite_feat_set_float.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float)
+        self.flite = libraries[1]
+        self.flite.flite_init()
+        self.flite.flite_text_to_wave.argtypes = (ctypes.c_char_p, ctypes.POINTER(_Speaker))
+        self.flite.flite_text_to_wave.restype = ctypes.POINTER(_Wave)
+        self.flite.delete_wave.argtypes = (ctypes.POINTER(_Wave),)
+        self.flite.flite_feat_set_float.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float)
         self.voices = {}
         for name, library in zip(_FLITE_VOICES, libraries[4:], strict=True):
             register = library[f"register_cmu_us_{name}"]
@@ -181,14 +181,14 @@ class _Flite:
         """Gives the samples, int16, and their rate."""
         speaker = self.voices[voice.name]
         for feature, value in ((b"duration_stretch", voice.pace), (b"int_f0_target_mean", voice.pitch)):
-            self.library.flite_feat_set_float(speaker.contents.features, feature, value)
-        wave = self.library.flite_text_to_wave(text.encode(), speaker)
+            self.flite.flite_feat_set_float(speaker.contents.features, feature, value)
+        wave = self.flite.flite_text_to_wave(text.encode(), speaker)
         if not wave:
             return np.zeros(0, np.int16), SAMPLING_RATE
         content = wave.contents
         samples = np.ctypeslib.as_array(content.samples, (content.num_samples,)).copy()
         rate = content.sample_rate
-        self.library.delete_wave(wave)
+        self.flite.delete_wave(wave)
         return samples, rate
 
 
@@ -199,14 +199,14 @@ class _Espeak:
     _RATE, _PITCH, _RANGE = 1, 3, 4  # parameters
 
     def __init__(self, folder: Path) -> None:
-        self.library = ctypes.CDLL(str(folder / "libespeak-ng.so"))
-        self.rate = self.library.espeak_Initialize(self._SYNCHRONOUS, 0, str(folder).encode(), 0)
+        self.espeak = ctypes.CDLL(str(folder / "libespeak-ng.so"))
+        self.rate = self.espeak.espeak_Initialize(self._SYNCHRONOUS, 0, str(folder).encode(), 0)
         if self.rate <= 0:
             raise RuntimeError(f"eSpeak cannot be started from {folder}: it returned {self.rate}")
         self.parts: list[bytes] = []
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self.callback = signature(self._keep)  # kept, as the library calls it later
-        self.library.espeak_SetSynthCallback(self.callback)
+        self.espeak.espeak_SetSynthCallback(self.callback)
 
     def _keep(self, samples: Any, count: int, events: Any) -> int:
         if samples and count:
@@ -215,11 +215,11 @@ class _Espeak:
 
     def speak(self, text: str, voice: Voice) -> tuple[np.ndarray, int]:
         """Gives the samples, int16, and their rate."""
-        if self.library.espeak_SetVoiceByName(voice.name.encode()):
+        if self.espeak.espeak_SetVoiceByName(voice.name.encode()):
             raise RuntimeError(f"eSpeak has no voice {voice.name!r}")
         for parameter, value in ((self._RATE, voice.pace), (self._PITCH, voice.pitch), (self._RANGE, voice.range)):
-            self.library.espeak_SetParameter(parameter, round(value), 0)
+            self.espeak.espeak_SetParameter(parameter, round(value), 0)
         self.parts.clear()
         words = text.encode()
-        self.library.espeak_Synth(words, ctypes.c_size_t(len(words) + 1), 0, 0, 0, self._UTF8, None, None)
+        self.espeak.espeak_Synth(words, ctypes.c_size_t(len(words) + 1), 0, 0, 0, self._UTF8, None, None)
         return np.frombuffer(b"".join(self.parts), np.int16), self.rate
