@@ -24,7 +24,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from audiopress.benchmarks.cells import Cell, Parser, append, attempt, check_device, read_rows, stop_if_lost
+from audiopress.benchmarks.cells import (
+    Cell,
+    Parser,
+    add_run_options,
+    append,
+    attempt,
+    check_device,
+    read_rows,
+    read_shard,
+    stop_if_lost,
+)
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.event_testbed import TimeSettings
 from audiopress.benchmarks.grids import Ablation, Planned, SpeechSettings, read_ablation
@@ -134,9 +144,7 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--shard", default="1/1", metavar="i/n", help="every n-th cell, from the i-th on")
     parser.add_argument("--again", action="store_true", help="try cells that failed again")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode clips; 0: none")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation.jsonl"))
+    add_run_options(parser, Path("runs/ablation.jsonl"))
     return parser, parser.parse_args()
 
 
@@ -158,14 +166,6 @@ def main() -> None:
     except (ValueError, OSError, FetchError) as error:
         parser.error(str(error))
     print(summary(ablation, [row for row in rows if "cell" in row]))
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """Reads `i/n`."""
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
-        raise ValueError(f"--shard must be i/n with 1 <= i <= n, got {text!r}")
-    return int(number), int(total)
 
 
 if __name__ == "__main__":

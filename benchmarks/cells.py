@@ -55,10 +55,23 @@ def grid_parser(description: str | None, methods: Iterable[str], output: Path) -
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[0.25], help="of methods that can have them")
     parser.add_argument("--no-video", action="store_true", help="the clip is sound alone")
     parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
+    add_run_options(parser, output)
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser, output: Path) -> None:
+    """Adds the options that all these benchmarks end with: where it runs, of which commit, and the file of rows."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
     parser.add_argument("--output", type=Path, default=output)
-    return parser
+
+
+def read_shard(text: str, form: str = "i/n with 1 <= i <= n") -> tuple[int, int]:
+    """Reads "2/3" as (2, 3); raises ValueError, which tells the `form`, where it is no such thing."""
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise ValueError(f"--shard must be {form}, got {text!r}")
+    return int(number), int(total)
 
 
 def check(args: argparse.Namespace) -> torch.device:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from audiopress.benchmarks.cells import NONE, Cell, Parser, check_device, ratios_of, run_cells
+from audiopress.benchmarks.cells import NONE, Cell, Parser, add_run_options, check_device, ratios_of, run_cells
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.event_testbed import Recipe, TimeSettings
 from audiopress.benchmarks.speed_tables import markdown
@@ -90,9 +90,7 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--num-frames", type=int, default=50, help="of each clip")
     parser.add_argument("--room", type=int, help="tokens of a batch of questions; less needs less memory")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode clips; 0: none")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
-    parser.add_argument("--output", type=Path, default=Path("runs/events.jsonl"))
+    add_run_options(parser, Path("runs/events.jsonl"))
     return parser, parser.parse_args()
 
 

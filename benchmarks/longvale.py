@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import audiopress
 from audiopress.benchmarks.captions import CaptionScorer
-from audiopress.benchmarks.cells import Parser, check_device
+from audiopress.benchmarks.cells import Parser, check_device, read_shard
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.longvale_scores import TASKS, Key, Truth, read_log, read_truths, score, table, write_log
 from audiopress.benchmarks.scoring import to_device
@@ -222,10 +222,7 @@ def check(args: argparse.Namespace) -> tuple[int, int]:
         if made.trained:
             raise ValueError(f"{args.compressor} has weights to train: give --model the variant that was trained")
     check_device(args.device)
-    number, slash, total = args.shard.partition("/")
-    if not (slash and number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
-        raise ValueError(f"--shard must be i/n with 1 <= i <= n, got {args.shard!r}")
-    return int(number), int(total)
+    return read_shard(args.shard)
 
 
 def ratio(args: argparse.Namespace) -> dict[str, float]:

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from audiopress.benchmarks.cells import NONE, Cell, Parser, check, make_cells, run_cells
+from audiopress.benchmarks.cells import NONE, Cell, Parser, add_run_options, check, make_cells, run_cells
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.metrics import wer
 from audiopress.benchmarks.page.sound import CLIPS, SPLIT
@@ -102,9 +100,7 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tokens per second, of 25")
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=["en", "es"])
     parser.add_argument("--clips", type=int, default=2, help="of each language")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
-    parser.add_argument("--output", type=Path, default=Path("runs/clips.jsonl"))
+    add_run_options(parser, Path("runs/clips.jsonl"))
     args = parser.parse_args()
     args.keep_ratios = [rate / TOKENS_PER_SECOND for rate in args.rates]
     args.seconds, args.repeats, args.batch, args.no_video = [SECONDS[True]], 1, [args.clips], True

@@ -25,7 +25,17 @@ from typing import Any
 
 import torch
 
-from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, Cell, Parser, check_device, run_cells
+from audiopress.benchmarks.cells import (
+    BASELINES,
+    NONE,
+    TRANSFORMERS,
+    Cell,
+    Parser,
+    add_run_options,
+    check_device,
+    read_shard,
+    run_cells,
+)
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.metrics import ErrorRate, bootstrap_interval, cer, wer
 from audiopress.benchmarks.speech_cells import SECONDS, methods_for, speech_cells
@@ -257,9 +267,7 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of training")
     parser.add_argument("--batch", type=int, default=32, help="clips that the encoder takes at once")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="of N parts of the cells, the I-th")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="of the code measured, where it is not in a checkout")
-    parser.add_argument("--output", type=Path, default=Path("runs/speech.jsonl"))
+    add_run_options(parser, Path("runs/speech.jsonl"))
     return parser, parser.parse_args()
 
 
@@ -270,7 +278,7 @@ def main() -> None:
     parser, args = parse()
     try:
         device = check_device(args.device)
-        part, parts = _shard(args.shard)
+        part, parts = read_shard(args.shard, "I/N with I from 1 to N")
         for name, least in (("limit", 1), ("train_steps", 0), ("train_batch", 1), ("batch", 1)):
             if (value := getattr(args, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
@@ -307,20 +315,12 @@ def main() -> None:
         for group in groups
         if group[0]["elastic"]
     }
-    cells = [cell for group in groups[part::parts] for cell in group]
+    cells = [cell for group in groups[part - 1 :: parts] for cell in group]
     measuring = Measuring(testbeds, SpeechTraining(whisper, settings), elastic)
     rows = run_cells(cells, measuring, environment(device, args.commit), args.output)
     for joined in kinds:
         print(f"\n{'joined' if joined else 'single'} clips\n")
         print(table([row for row in rows if row["joined"] == joined]))
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """Reads "2/3" as (1, 3)."""
-    first, _, count = text.partition("/")
-    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
-        raise ValueError(f"--shard must be I/N with I from 1 to N, got {text!r}")
-    return int(first) - 1, int(count)
 
 
 if __name__ == "__main__":
