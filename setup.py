@@ -12,6 +12,9 @@ SUBPACKAGES = (
     "benchmarks.accuracy",
     "benchmarks.alignment",
     "benchmarks.page",
+    "benchmarks.speed",
+    "benchmarks.times",
+    "benchmarks.words",
 )
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.10.7", "tensorboard>=2.16", "rich>=13"]

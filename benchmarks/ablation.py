@@ -36,8 +36,8 @@ from audiopress.benchmarks.cells import (
     stop_if_lost,
 )
 from audiopress.benchmarks.environment import environment
-from audiopress.benchmarks.event_testbed import TimeSettings
 from audiopress.benchmarks.grids import Ablation, Planned, SpeechSettings, read_ablation
+from audiopress.benchmarks.times.testbed import TimeSettings
 from audiopress.data.speech import speech_records
 from audiopress.models.packages import FetchError
 from audiopress.models.whisper import load_whisper
@@ -60,9 +60,9 @@ def open_testbed(settings: SpeechSettings | TimeSettings, device: torch.device, 
 def open_speech(settings: SpeechSettings, device: torch.device) -> Measure:
     """Opens Whisper and the prompts."""
     from audiopress.benchmarks.speech import Measuring, SpeechTestbed
-    from audiopress.benchmarks.speech_cells import SECONDS
-    from audiopress.benchmarks.speech_clips import make_clips
-    from audiopress.benchmarks.speech_training import Settings, SpeechTraining
+    from audiopress.benchmarks.words.cells import SECONDS
+    from audiopress.benchmarks.words.clips import make_clips
+    from audiopress.benchmarks.words.training import Settings, SpeechTraining
 
     whisper = load_whisper(settings.model).to(device)
     seconds = SECONDS[settings.joined]

@@ -25,8 +25,8 @@ import torch
 
 from audiopress.benchmarks.cells import NONE, Cell, Parser, add_run_options, check_device, ratios_of, run_cells
 from audiopress.benchmarks.environment import environment
-from audiopress.benchmarks.event_testbed import Recipe, TimeSettings
-from audiopress.benchmarks.speed_tables import markdown
+from audiopress.benchmarks.speed.tables import markdown
+from audiopress.benchmarks.times.testbed import Recipe, TimeSettings
 from audiopress.compression import available, build
 from audiopress.compression.base import check_count
 from audiopress.compression.budget import check_keep_ratio

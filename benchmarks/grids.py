@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from audiopress.benchmarks.cells import NONE, TRANSFORMERS, Cell
-from audiopress.benchmarks.event_testbed import Recipe, TimeSettings
+from audiopress.benchmarks.times.testbed import Recipe, TimeSettings
 from audiopress.compression import Compressor, build
 from audiopress.compression.base import TOKENS_PER_SECOND, check_choice, check_count, check_flag, check_number
 from audiopress.compression.registry import QWEN_7B

@@ -20,9 +20,9 @@ from audiopress.benchmarks.cells import NONE, Cell, Parser, add_run_options, che
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.metrics import wer
 from audiopress.benchmarks.page.sound import CLIPS, SPLIT
-from audiopress.benchmarks.speech_cells import SECONDS
-from audiopress.benchmarks.speech_clips import Clip, make_clips
-from audiopress.benchmarks.spelling import number_words, spelled
+from audiopress.benchmarks.words.cells import SECONDS
+from audiopress.benchmarks.words.clips import Clip, make_clips
+from audiopress.benchmarks.words.spelling import number_words, spelled
 from audiopress.compression.base import TOKENS_PER_SECOND, check_count
 from audiopress.data.speech import LANGUAGES, normalise, speech_records
 from audiopress.models.packages import FetchError

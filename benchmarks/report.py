@@ -23,7 +23,7 @@ from audiopress.benchmarks.cells import Parser
 from audiopress.benchmarks.page.writing import write_page
 from audiopress.benchmarks.plots import plot_tokens, plot_training
 from audiopress.benchmarks.scoring import Evaluation, to_device
-from audiopress.benchmarks.speed_report import speed_report
+from audiopress.benchmarks.speed.report import speed_report
 from audiopress.compression import TokenStream
 from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.media import read_audio

@@ -6,7 +6,7 @@ python benchmarks/speech.py --methods ward-refined --languages en --limit 5 --tr
 
 Frozen Whisper, greedy decoding; see `models/whisper.py` for who sees what. Recorded prompts of the test and validation
 splits, more than 500, singly and joined to dense clips of up to 28.5 s; nothing is tuned on either split. Methods with
-weights are trained on the train split (see `speech_training.py`), for every rate, and "elastic", once for all rates.
+weights are trained on the train split (see `words/training.py`), for every rate, and "elastic", once for all rates.
 
 One JSON line per cell is added to --output. A cell that is there already, of the same commit and settings, is not run
 again, and the most telling cells come first: the run can be stopped at any moment. Several processes share one GPU by
@@ -38,11 +38,11 @@ from audiopress.benchmarks.cells import (
 )
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.metrics import ErrorRate, bootstrap_interval, cer, wer
-from audiopress.benchmarks.speech_cells import SECONDS, methods_for, speech_cells
-from audiopress.benchmarks.speech_clips import Clip, batches, make_clips, read_all
-from audiopress.benchmarks.speech_training import Settings, SpeechTraining, Trained
-from audiopress.benchmarks.speed_tables import markdown
-from audiopress.benchmarks.spelling import number_words, spelled
+from audiopress.benchmarks.speed.tables import markdown
+from audiopress.benchmarks.words.cells import SECONDS, methods_for, speech_cells
+from audiopress.benchmarks.words.clips import Clip, batches, make_clips, read_all
+from audiopress.benchmarks.words.spelling import number_words, spelled
+from audiopress.benchmarks.words.training import Settings, SpeechTraining, Trained
 from audiopress.compression import Compressor
 from audiopress.compression.base import TOKENS_PER_SECOND
 from audiopress.compression.budget import check_keep_ratio

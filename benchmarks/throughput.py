@@ -36,7 +36,7 @@ from audiopress.benchmarks.cells import (
 from audiopress.benchmarks.environment import energy, environment, finish, memory, timed
 from audiopress.benchmarks.random_model import ANSWER, make_batch, open_thinker
 from audiopress.benchmarks.show import build_at
-from audiopress.benchmarks.speed_tables import end_to_end
+from audiopress.benchmarks.speed.tables import end_to_end
 from audiopress.models import CompressedOmni, parts
 from audiopress.models.encoders import encode_audio, encode_video
 from audiopress.models.fast import compile_layers

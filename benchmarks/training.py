@@ -23,7 +23,7 @@ from audiopress.benchmarks.cells import NONE, TRANSFORMERS, Cell, check, grid_pa
 from audiopress.benchmarks.environment import energy, environment, memory, timed
 from audiopress.benchmarks.random_model import ANSWER, make_batch, open_thinker
 from audiopress.benchmarks.show import build_at
-from audiopress.benchmarks.speed_tables import training
+from audiopress.benchmarks.speed.tables import training
 from audiopress.benchmarks.throughput import counts
 from audiopress.models import CompressedOmni
 from audiopress.models.packages import FetchError

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from audiopress.benchmarks.event_scores import Question, scores
+from audiopress.benchmarks.times.scores import Question, scores
 from audiopress.data.records import Record, user
 from audiopress.data.timeline import Kind
 

@@ -11,12 +11,13 @@ import yaml
 from test_timeline import data_set, folder, stamps  # noqa: F401  (fixtures)
 from tiny import tiny_processor, tiny_thinker
 
-from audiopress.benchmarks import ablation, event_testbed
+from audiopress.benchmarks import ablation
 from audiopress.benchmarks.ablation import run
 from audiopress.benchmarks.cells import append, read_rows
-from audiopress.benchmarks.event_clips import load_clips
-from audiopress.benchmarks.event_testbed import TimeSettings, TimeTestbed
 from audiopress.benchmarks.grids import SpeechSettings, read_ablation
+from audiopress.benchmarks.times import testbed as testbed_module
+from audiopress.benchmarks.times.clips import load_clips
+from audiopress.benchmarks.times.testbed import TimeSettings, TimeTestbed
 from audiopress.models import CompressedOmni, storage
 
 CONFIGS = Path(ablation.__file__).parent / "configs"
@@ -271,7 +272,7 @@ def test_shards_are_checked(shard, write, monkeypatch, capsys):
 
 
 def test_the_command(write, data_set, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(event_testbed, "NEW_TOKENS", {"grounding": 3, "seg_captioning": 3, "counting": 2})
+    monkeypatch.setattr(testbed_module, "NEW_TOKENS", {"grounding": 3, "seg_captioning": 3, "counting": 2})
     processor = tiny_processor()
     model = CompressedOmni(tiny_thinker(processor)).eval()
     testbed = TimeTestbed(model, processor, load_clips(data_set, "test"), num_frames=4, room=8_000)

@@ -12,11 +12,12 @@ from test_timeline import data_set, folder, stamps  # noqa: F401  (fixtures)
 from tiny import tiny_processor, tiny_thinker, write_checkpoint
 
 import audiopress
-from audiopress.benchmarks import event_testbed, events
-from audiopress.benchmarks.event_clips import Encoded, KeptClips, load_clips
-from audiopress.benchmarks.event_scores import Question, number, scores, things
-from audiopress.benchmarks.event_testbed import Recipe, TimeSettings, TimeTestbed
+from audiopress.benchmarks import events
 from audiopress.benchmarks.longvale import VideoEncoder
+from audiopress.benchmarks.times import testbed as testbed_module
+from audiopress.benchmarks.times.clips import Encoded, KeptClips, load_clips
+from audiopress.benchmarks.times.scores import Question, number, scores, things
+from audiopress.benchmarks.times.testbed import Recipe, TimeSettings, TimeTestbed
 from audiopress.data.collator import OmniCollator
 from audiopress.data.longvale import load_dialogues
 from audiopress.data.records import Record, user
@@ -31,7 +32,7 @@ RECIPE = Recipe(batch=2, learning_rate=1e-2, connector_learning_rate=1e-2, lora_
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    monkeypatch.setattr(event_testbed, "NEW_TOKENS", {"grounding": 3, "seg_captioning": 3, "counting": 2})
+    monkeypatch.setattr(testbed_module, "NEW_TOKENS", {"grounding": 3, "seg_captioning": 3, "counting": 2})
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_answers_are_those_of_the_ordinary_path(testbed, processor):
     for task, (_, answer) in row["examples"].items():
         asked = next(q for q in testbed.questions if q.kind.task == task)
         inputs = without_ids(collate([encoder(asked.record, True)]))
-        told = model.generate(**inputs, max_new_tokens=event_testbed.NEW_TOKENS[task])
+        told = model.generate(**inputs, max_new_tokens=testbed_module.NEW_TOKENS[task])
         assert processor.tokenizer.decode(told[0], skip_special_tokens=True).strip() == answer
     assert row["questions"] == len(testbed.questions)
 

@@ -146,10 +146,10 @@ def test_constraints_name_what_is_required(setup):
 
 
 @pytest.mark.parametrize("folder", [ROOT / "benchmarks", ROOT / "tests"], ids=lambda p: p.name)
-def test_no_script_is_named_like_a_library(folder):
+def test_nothing_beside_a_script_is_named_like_a_library(folder):
     # the folder of a script stands first on sys.path
-    scripts = {p.stem for p in folder.glob("*.py")}
-    assert not scripts & (sys.stdlib_module_names | DISTRIBUTIONS.keys())
+    beside = {p.stem for p in (*folder.glob("*.py"), *(p.parent for p in folder.glob("*/__init__.py")))}
+    assert not beside & (sys.stdlib_module_names | DISTRIBUTIONS.keys())
 
 
 def test_the_script_shadows_neither_kernels_nor_compression(tmp_path):

@@ -21,7 +21,7 @@ from audiopress.benchmarks.page.rows import page_points
 from audiopress.benchmarks.page.sound import CLIPS, compare, heard_clips, mp3, picture
 from audiopress.benchmarks.page.writing import render, write_page
 from audiopress.benchmarks.report import PAGES
-from audiopress.benchmarks.speech_clips import Clip
+from audiopress.benchmarks.words.clips import Clip
 from audiopress.data.records import Record, assistant, user
 from audiopress.models import whisper
 

@@ -7,8 +7,9 @@ import warnings
 import pytest
 from PIL import Image
 
-from audiopress.benchmarks import report, speed_plots, speed_tables
-from audiopress.benchmarks.speed_report import caption, select, speed_report
+from audiopress.benchmarks import report
+from audiopress.benchmarks.speed import plots, tables
+from audiopress.benchmarks.speed.report import caption, select, speed_report
 
 WHERE = {"utc": "2026-11-24T10:00:00", "commit": "abcdef123", "dirty": False, "device": "NVIDIA H200", "driver": "580"}
 WHERE |= {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
@@ -110,7 +111,7 @@ def cells(table):
 
 
 def test_end_to_end_against_transformers():
-    first, second = speed_tables.end_to_end(THROUGHPUT).split("\n\n")[1::2]
+    first, second = tables.end_to_end(THROUGHPUT).split("\n\n")[1::2]
     rows = cells(first)
     names = [
         "transformers, as it comes",
@@ -127,11 +128,11 @@ def test_end_to_end_against_transformers():
     assert (base["GB at most"], base["compressor"], rows["`atome:encoder`"]["compressor"]) == ("22.0", "", "")
     assert rows["`echoing`"]["audio"] == "out of memory"
     assert cells(second)["ours, uncompressed"]["first token"] == "310"  # no transformers beside it
-    assert "10 s of sound and 50 frames" in speed_tables.end_to_end(THROUGHPUT)
+    assert "10 s of sound and 50 frames" in tables.end_to_end(THROUGHPUT)
 
 
 def test_training_against_transformers():
-    rows = cells(speed_tables.training(TRAINING))
+    rows = cells(tables.training(TRAINING))
     assert rows["transformers, as it comes"]["samples/s"] == "1.00"
     assert rows["ours, uncompressed"]["samples/s"] == "2.00 (2.0×)"
     assert rows["ours, uncompressed"]["GB at most"] == "25.0 (50 %)"
@@ -139,14 +140,14 @@ def test_training_against_transformers():
 
 
 def test_kernels_against_torch_and_a_copy():
-    rows = cells(speed_tables.kernels(KERNELS[:4] + KERNELS[5:]))
+    rows = cells(tables.kernels(KERNELS[:4] + KERNELS[5:]))
     cosine, top_k = rows["adjacent_cosine"], rows["top_k"]
     assert [cosine[c] for c in ("× eager", "× compile", "speed against copy or flash")] == ["10.0", "5.0", "75 %"]
     assert [top_k[c] for c in ("× eager", "× compile", "compile, ms")] == ["30.0", "", ""]
 
 
 def test_long_sound_by_length():
-    words, _, _, _, *lines = speed_tables.long(LONG).splitlines()
+    words, _, _, _, *lines = tables.long(LONG).splitlines()
     assert words == "Qwen2.5-Omni-7B's shapes (random weights), sound of several lengths:"
     assert [line.split("|")[2].strip() for line in lines] == ["10", "60"] * 2
 
@@ -192,19 +193,19 @@ def test_a_whole_report(results, tmp_path):
 def test_a_part_of_the_rows_will_do(results, tmp_path):
     without = ("peak_allocated", "audio_tower_bytes", "vision_tower")
     rows = [{k: v for k, v in row.items() if k not in without} for row in LONG if row["method"] == "ward"]
-    for plot in (speed_plots.plot_kept, speed_plots.plot_parts, speed_plots.plot_long):
+    for plot in (plots.plot_kept, plots.plot_parts, plots.plot_long):
         plot(rows, tmp_path / "picture.png", "a CPU")
-    speed_plots.plot_kernels(KERNELS[5:], tmp_path / "picture.png", "")
+    plots.plot_kernels(KERNELS[5:], tmp_path / "picture.png", "")
     for name in ("throughput", "long", "training"):
         (results / f"{name}.jsonl").unlink()
     assert speed_report(results, tmp_path).count("### ") == 1
 
 
 def test_the_parts_of_an_answer():
-    parts = speed_plots.time_parts(whole("ward", 0.25))
+    parts = plots.time_parts(whole("ward", 0.25))
     assert [round(x) for x, _ in parts.values()] == [139, 218, 3, 238, 22, 340]
     assert sum(x for x, _ in parts.values()) == pytest.approx(960)
-    assert min(x for x, _ in speed_plots.time_parts(whole("ward", 0.25, prefill=ms(900.0))).values()) == 0
+    assert min(x for x, _ in plots.time_parts(whole("ward", 0.25, prefill=ms(900.0))).values()) == 0
 
 
 def test_the_command_line(results, tmp_path, monkeypatch, capsys):
@@ -237,7 +238,7 @@ def test_compressing_alone_is_sorted_by_time():
         for name, time in (("pooling", 0.7), ("echoing", 26.0))
     ]
     failure = WHERE | {"method": "none", "status": "failed", "message": "no", "tokens_in": 400}
-    assert speed_tables.compressors([*rows, failure]).splitlines()[2:] == [
+    assert tables.compressors([*rows, failure]).splitlines()[2:] == [
         "| `echoing` | 100 (25 %) | 26.0 |",
         "| `pooling` | 100 (25 %) | 0.7 |",
     ]

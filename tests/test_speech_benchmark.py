@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny_whisper import STEPS, make_whisper, records
 
-from audiopress.benchmarks import speech, speech_cells, speech_training
-from audiopress.benchmarks.speech_cells import FIRST
-from audiopress.benchmarks.speech_clips import Clip, make_clips
-from audiopress.benchmarks.speech_training import Settings, SpeechTraining
-from audiopress.benchmarks.spelling import spelled
+from audiopress.benchmarks import speech
+from audiopress.benchmarks.words import cells as cells_module
+from audiopress.benchmarks.words import training as training_module
+from audiopress.benchmarks.words.cells import FIRST
+from audiopress.benchmarks.words.clips import Clip, make_clips
+from audiopress.benchmarks.words.spelling import spelled
+from audiopress.benchmarks.words.training import Settings, SpeechTraining
 from audiopress.models import whisper as models_whisper
 from audiopress.models.whisper import Transcript
 
@@ -94,10 +96,10 @@ def run(whisper, monkeypatch, tmp_path, capsys):
     """Runs the benchmark on the tiny Whisper and prompts of noise; gives its rows and what it prints."""
     made = {language: records(tmp_path, [0.5, 0.3, 0.2, 0.9], language) for language in ("en", "fr")}
     monkeypatch.setattr(speech, "load_whisper", lambda name: whisper)
-    for module in (speech, speech_training):
+    for module in (speech, training_module):
         monkeypatch.setattr(module, "speech_records", lambda split, languages: made[languages[0]])
-    monkeypatch.setattr(speech_training, "is_right", lambda clip, transcript: True)  # random weights never are
-    for module in (speech, speech_cells):
+    monkeypatch.setattr(training_module, "is_right", lambda clip, transcript: True)  # random weights never are
+    for module in (speech, cells_module):
         monkeypatch.setattr(module, "SECONDS", {False: 1.0, True: 1.0})
 
     def main(*options):
@@ -177,8 +179,8 @@ def test_shards_are_all_cells(run):
 @pytest.fixture
 def training(whisper, monkeypatch, tmp_path):
     made = records(tmp_path, [0.5, 0.3, 0.2, 0.9])
-    monkeypatch.setattr(speech_training, "speech_records", lambda split, languages: made if split == "train" else [])
-    monkeypatch.setattr(speech_training, "is_right", lambda clip, transcript: True)  # random weights never are
+    monkeypatch.setattr(training_module, "speech_records", lambda split, languages: made if split == "train" else [])
+    monkeypatch.setattr(training_module, "is_right", lambda clip, transcript: True)  # random weights never are
     return SpeechTraining(whisper, Settings(("en",), 1.0, batch=4, rates=(3e-3,)))
 
 
@@ -200,7 +202,7 @@ def test_of_several_rates_of_learning_the_one_that_does_best_on_held_back_prompt
     training.settings = dataclasses.replace(training.settings, rates=(3e-3, 1e-9))
     with pytest.raises(ValueError, match="to choose among 2 rates of learning, more prompts must be there"):
         training("stacking", [0.5], 1, 0)
-    monkeypatch.setattr(speech_training, "HELD_BACK", 0.5)
+    monkeypatch.setattr(training_module, "HELD_BACK", 0.5)
     training.lessons = []
     best = training("ward-refined", [0.5, 0.25], 30, 0)
     assert best.rate == 3e-3 == min(best.held_back, key=best.held_back.get)
@@ -210,12 +212,12 @@ def test_of_several_rates_of_learning_the_one_that_does_best_on_held_back_prompt
     assert 0 < len(training.held_back) <= training.settings.batch, "one batch"
     with torch.no_grad():
         losses = [training._losses(training.held_back, best.compressor.at(ratio)) for ratio in (0.5, 0.25)]
-    want = sum(a + speech_training.DISTILLATION * b for a, b, _ in losses) / 2
+    want = sum(a + training_module.DISTILLATION * b for a, b, _ in losses) / 2
     assert best.held_back[3e-3] == pytest.approx(float(want), rel=1e-4)
 
 
 def test_a_rate_that_diverges_is_left_out(training, monkeypatch):
-    monkeypatch.setattr(speech_training, "HELD_BACK", 0.5)
+    monkeypatch.setattr(training_module, "HELD_BACK", 0.5)
     training.settings = dataclasses.replace(training.settings, rates=(1e30, 3e-3))
     best = training("stacking", [0.5], 4, 0)
     assert (best.rate, set(best.held_back)) == (3e-3, {3e-3})
@@ -226,7 +228,7 @@ def test_a_rate_that_diverges_is_left_out(training, monkeypatch):
 
 def test_held_back_prompts_are_not_learned(training, monkeypatch):
     taught = []
-    monkeypatch.setattr(speech_training, "HELD_BACK", 0.5)
+    monkeypatch.setattr(training_module, "HELD_BACK", 0.5)
     monkeypatch.setattr(training, "_teach", lambda parts: taught.append([c for p in parts for c in p]) or [None])
     training._encode()
     learned, held_back = ({prompt.audio for clip in clips for prompt in clip.prompts} for clips in taught)
@@ -239,7 +241,7 @@ def test_the_teacher_has_nothing_to_teach_where_nothing_is_left_out(training, mo
     whisper = training.whisper
     lessons, _ = training._encode()
     parts = [lesson.spoken for lesson in lessons]
-    assert len(lessons) > len(speech_training.JOINS), "each join gives a clip or more"
+    assert len(lessons) > len(training_module.JOINS), "each join gives a clip or more"
     assert all(part.speech.lengths[0] + part.silence.lengths[0] == 25 for part in parts)
     _, kept, _ = training._losses(lessons[:2], whisper.build("none"))
     _, pooled, _ = training._losses(lessons[:2], whisper.build("pooling", keep_ratio=0.1))
@@ -250,10 +252,10 @@ def test_what_the_teacher_gets_wrong_is_not_taught(whisper, monkeypatch, tmp_pat
     made = records(tmp_path, [0.2])
     clip = Clip("en", tuple(made))
     text = made[0].reference  # of three words
-    assert speech_training.is_right(clip, Transcript(text.upper(), True))
-    assert not speech_training.is_right(clip, Transcript(text, False))
-    assert not speech_training.is_right(clip, Transcript(f"{text} {text}", True))
-    monkeypatch.setattr(speech_training, "speech_records", lambda split, languages: made)
+    assert training_module.is_right(clip, Transcript(text.upper(), True))
+    assert not training_module.is_right(clip, Transcript(text, False))
+    assert not training_module.is_right(clip, Transcript(f"{text} {text}", True))
+    monkeypatch.setattr(training_module, "speech_records", lambda split, languages: made)
     with pytest.raises(ValueError, match="of 5 clips to train on the teacher transcribes none"):
         SpeechTraining(whisper, Settings(("en",), 1.0))("stacking", [None], 1, 0)
 
@@ -264,9 +266,9 @@ def test_what_acts_inside_the_encoder_is_not_trained(training):
 
 
 def test_the_most_telling_cells_come_first(whisper):
-    methods = [*FIRST[:2], *speech_cells.methods_for(whisper)]
+    methods = [*FIRST[:2], *cells_module.methods_for(whisper)]
     ratios = [0.5, 1 / 3, 0.25, 0.2, 0.125]
-    groups = speech_cells.speech_cells(whisper, methods, ratios, [True, False], {"steps": 5}, (0, 1))
+    groups = cells_module.speech_cells(whisper, methods, ratios, [True, False], {"steps": 5}, (0, 1))
     order = [group[0]["method"] for group in groups]
     assert [group[0]["seed"] for group in groups] == sorted((g[0]["seed"] for g in groups), key=(None, 0, 1).index)
     free = [name for name, group in zip(order, groups, strict=True) if not group[0]["steps"]]

@@ -11,8 +11,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from audiopress import TokenStream
 from audiopress.benchmarks import speech
-from audiopress.benchmarks.speech_cells import methods_for
-from audiopress.benchmarks.speech_clips import make_clips
+from audiopress.benchmarks.words.cells import methods_for
+from audiopress.benchmarks.words.clips import make_clips
 from audiopress.compression.budget import token_budget
 from audiopress.data.speech import speech_records
 from audiopress.models import whisper as models_whisper

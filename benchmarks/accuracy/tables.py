@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from audiopress.benchmarks.accuracy.rows import SPEECH, TIME, Point, Score, fronts
-from audiopress.benchmarks.speed_tables import markdown
+from audiopress.benchmarks.speed.tables import markdown
 from audiopress.compression.base import TOKENS_PER_SECOND
 
 NEEDS = ("audio", "video", "both")

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from audiopress.benchmarks.event_clips import Encoded, as_it_is, load_clips
-from audiopress.benchmarks.event_scores import scores
 from audiopress.benchmarks.metrics import ErrorRate, wer
 from audiopress.benchmarks.scoring import evaluate, to_device
 from audiopress.benchmarks.timeline import Options, write_data_set
+from audiopress.benchmarks.times.clips import Encoded, as_it_is, load_clips
+from audiopress.benchmarks.times.scores import scores
 from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.speech import Split, speech_records
 from audiopress.data.stamps import Stamp

@@ -26,8 +26,8 @@ from audiopress.benchmarks.accuracy.rows import (
     training_of,
 )
 from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
-from audiopress.benchmarks.speed_report import select
-from audiopress.benchmarks.speed_tables import by_setting
+from audiopress.benchmarks.speed.report import select
+from audiopress.benchmarks.speed.tables import by_setting
 from audiopress.compression import Compressor, build
 from audiopress.compression.base import TOKENS_PER_SECOND
 from audiopress.compression.registry import QWEN_7B

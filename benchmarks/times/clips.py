@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from audiopress.benchmarks.event_scores import Question
 from audiopress.benchmarks.longvale import VideoEncoder
+from audiopress.benchmarks.times.scores import Question
 from audiopress.compression import Compressor
 from audiopress.data.longvale import load_dialogues, load_queries
 from audiopress.data.records import Record

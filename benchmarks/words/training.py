@@ -26,8 +26,8 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from audiopress.benchmarks.metrics import wer
-from audiopress.benchmarks.speech_clips import SEED, Clip, batches, make_clips, read_all
-from audiopress.benchmarks.spelling import spelled
+from audiopress.benchmarks.words.clips import SEED, Clip, batches, make_clips, read_all
+from audiopress.benchmarks.words.spelling import spelled
 from audiopress.compression import Compressor
 from audiopress.data.speech import speech_records
 from audiopress.kernels.packed import upload

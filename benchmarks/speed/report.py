@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from audiopress.benchmarks import speed_plots, speed_tables
 from audiopress.benchmarks.cells import read_rows
-from audiopress.benchmarks.speed_tables import Row
+from audiopress.benchmarks.speed import plots, tables
+from audiopress.benchmarks.speed.tables import Row
 
 ANY = "any"  # commit
 MODEL_KEYS = ("model", "method", "keep_ratio", "seconds", "batch", "video", "dtype", "compile")
@@ -20,20 +20,20 @@ KEYS = {  # what tells two cells of a benchmark apart
 }
 PICTURES = {  # by benchmark: what the picture is called and shows, and who draws it
     "throughput": (
-        ("speed_kept", "Time to first token and memory against the tokens that are kept", speed_plots.plot_kept),
-        ("speed_parts", "Where the time of an answer goes under each method", speed_plots.plot_parts),
+        ("speed_kept", "Time to first token and memory against the tokens that are kept", plots.plot_kept),
+        ("speed_parts", "Where the time of an answer goes under each method", plots.plot_parts),
     ),
-    "long": (("speed_long", "Time and memory against the length of the sound", speed_plots.plot_long),),
+    "long": (("speed_long", "Time and memory against the length of the sound", plots.plot_long),),
     "training": (),
     "compressors": (),
-    "kernels": (("speed_kernels", "Bandwidth and speed-up of every kernel", speed_plots.plot_kernels),),
+    "kernels": (("speed_kernels", "Bandwidth and speed-up of every kernel", plots.plot_kernels),),
 }
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
-    "throughput": speed_tables.end_to_end,
-    "long": speed_tables.long,
-    "training": speed_tables.training,
-    "compressors": speed_tables.compressors,
-    "kernels": speed_tables.kernels,
+    "throughput": tables.end_to_end,
+    "long": tables.long,
+    "training": tables.training,
+    "compressors": tables.compressors,
+    "kernels": tables.kernels,
 }
 TITLES = {
     "throughput": "From a clip to an answer",
@@ -93,7 +93,7 @@ def speed_report(results: Path, pictures: Path, device: str | None = None, commi
         where = about = caption(rows)
         drawn = rows
         if benchmark in ("throughput", "long"):  # a picture holds one clip, or clips of one kind: those of most cells
-            clip, drawn = next(iter(speed_tables.by_setting(rows, benchmark == "long").items()))
+            clip, drawn = next(iter(tables.by_setting(rows, benchmark == "long").items()))
             about = f"{clip}; {where}"
         parts = [f"### {TITLES[benchmark]}", f"{where}.", TABLES[benchmark](rows)]
         for name, text, plot in PICTURES[benchmark]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from audiopress.benchmarks.cells import NONE, TRANSFORMERS
 from audiopress.benchmarks.random_model import ANSWER, WINDOW
-from audiopress.benchmarks.speed_tables import Row, kernel_times, label, ordered
+from audiopress.benchmarks.speed.tables import Row, kernel_times, label, ordered
 from audiopress.benchmarks.style import FAINT, INK, headed_panels, legend_style, save
 
 TOWERS, COMPRESSOR, LLM, OTHER = ("#2a9d8f", "#8fcfc7"), "#d1495b", ("#1f3a5f", "#7f9cc0"), "#c9d1d9"

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import audiopress
 from audiopress.benchmarks.cells import Cell
-from audiopress.benchmarks.event_clips import Clip, Encoded, KeptClips, Sample, load_clips
-from audiopress.benchmarks.event_scores import scores
 from audiopress.benchmarks.scoring import to_device
+from audiopress.benchmarks.times.clips import Clip, Encoded, KeptClips, Sample, load_clips
+from audiopress.benchmarks.times.scores import scores
 from audiopress.compression import Compressor
 from audiopress.compression.base import TOKENS_PER_SECOND, check_choice, check_count, check_number
 from audiopress.data.collator import OmniCollator
