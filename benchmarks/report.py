@@ -152,16 +152,17 @@ def main() -> None:
             print(write_page(args.results or root / "benchmarks/results", args.html))
             return
         if args.run in (SPEED, ACCURACY):
+            page = root / PAGES[args.run]
             pictures = root / "benchmarks/pictures" if args.readme else Path("runs/pictures")
+            shown = pictures.relative_to(page.parent) if args.readme else None
             results = args.results or root / "benchmarks/results"
             if args.run == SPEED:
-                text = speed_report(results, pictures, args.device, args.commit)
+                text = speed_report(results, pictures, shown, args.device, args.commit)
             else:
-                text = accuracy_report(results, pictures)
+                text = accuracy_report(results, pictures, shown)
             print(text)
             if args.readme:
-                page = root / PAGES[args.run]
-                replace_between(page, args.run, text.replace(f"]({page.parent.as_posix()}/", "]("))
+                replace_between(page, args.run, text)
             return
         run = Path(args.run)
         print(table(json.loads((run / "results.json").read_text())))

@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import pytest
+from accuracy_cases import speech_row, write
 from PIL import Image
 
 from audiopress.benchmarks import report
@@ -220,6 +221,26 @@ def test_the_command_line(results, tmp_path, monkeypatch, capsys):
             report.main()
         assert stopped.value.code == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("what", "page", "link"),
+    [
+        ("speed", "README.md", "benchmarks/pictures/speed_parts.png"),
+        ("accuracy", "benchmarks/RESULTS.md", "pictures/accuracy_words.png"),
+    ],
+)
+def test_a_page_refers_to_its_pictures_from_where_it_lies(what, page, link, results, tmp_path, monkeypatch):
+    write([speech_row("ward", 0.25)], results)
+    path = tmp_path / "repository" / page
+    path.parent.mkdir(parents=True)
+    path.write_text(f"<!-- {what} -->\n<!-- /{what} -->\n")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "repository/benchmarks/report.py"))
+    monkeypatch.setattr(sys, "argv", ["report", what, "--readme", "--results", str(results)])
+    report.main()
+    assert f"]({link})" in path.read_text()
+    assert (path.parent / link).is_file()
+    assert str(tmp_path) not in path.read_text()
 
 
 def test_text_goes_between_marks(tmp_path):

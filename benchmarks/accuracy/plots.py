@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -48,10 +49,8 @@ def plot_words(points: Sequence[Point], path: Path, about: str) -> Path:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
-    axes.set_xlabel("audio tokens per second", size=9, color=INK)
-    axes.set_ylabel(f"word error rate, % (beyond {100 * WORST:g}: at the edge)", size=9, color=INK)
-    figure.legend(*axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.75, 0.86), **legend_style())
-    return save(figure, path)
+    error = f"word error rate, % (beyond {100 * WORST:g}: at the edge)"
+    return _finish(figure, axes, "audio tokens per second", error, path)
 
 
 def plot_times(points: Sequence[Point], path: Path, about: str) -> Path:
@@ -66,10 +65,7 @@ def plot_times(points: Sequence[Point], path: Path, about: str) -> Path:
     _draw(axes, points, "miou", lambda share: 100 * share)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("audio and video tokens per second", size=9, color=INK)
-    axes.set_ylabel("mean IoU of the spans, %", size=9, color=INK)
-    figure.legend(*axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.75, 0.86), **legend_style())
-    return save(figure, path)
+    return _finish(figure, axes, "audio and video tokens per second", "mean IoU of the spans, %", path)
 
 
 def plot_kinds(points: Sequence[Point], path: Path, about: str) -> Path:
@@ -143,6 +139,14 @@ def _draw(axes: Axes, points: Sequence[Point], metric: str, scale: Callable[[flo
         axes.plot(rates, values, color=INK, lw=1, ls=(0, dashes), ds="steps-post", label=text, zorder=4)
         rates = [aside[point.label] * point.rate for point in front]
         axes.plot(rates, values, "o", ms=11, mfc="none", mec=INK, mew=0.9, zorder=7, clip_on=False)
+
+
+def _finish(figure: Figure, axes: Axes, across: str, up: str, path: Path) -> Path:
+    """Names the axes, puts the legend beside them and writes the PNG."""
+    axes.set_xlabel(across, size=9, color=INK)
+    axes.set_ylabel(up, size=9, color=INK)
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.75, 0.86), **legend_style())
+    return save(figure, path)
 
 
 def _looks(points: Sequence[Point], best: Sequence[Point]) -> dict[str, dict[str, Any]]:

@@ -17,12 +17,13 @@ NOTES = {
 SEEDS = "Brackets: 95 % bootstrap intervals over clips; ±: standard deviation over seeds, where there are several."
 
 
-def accuracy_report(results: Path, pictures: Path) -> str:
+def accuracy_report(results: Path, pictures: Path, shown: Path | None = None) -> str:
     """Draws the pictures, and gives the text with the tables.
 
     Args:
         results: the folder of the rows, `*.jsonl`.
-        pictures: the folder for the pictures, as the text refers to it.
+        pictures: the folder for the pictures.
+        shown: the same folder as the text refers to it. Default: as it is given.
 
     Raises:
         ValueError: there are no rows of accuracy.
@@ -37,13 +38,13 @@ def accuracy_report(results: Path, pictures: Path) -> str:
     for words, points in sets.items():
         testbed = points[0].testbed
         numbers[testbed] += 1
-        sections.append(_section(words, points, pictures, numbers[testbed]))
+        sections.append(_section(words, points, pictures, shown or pictures, numbers[testbed]))
     if questions := _questions(sets):
         sections.append(questions)
     return "\n\n".join(sections)
 
 
-def _section(words: str, points: list[Point], pictures: Path, number: int) -> str:
+def _section(words: str, points: list[Point], pictures: Path, shown: Path, number: int) -> str:
     """Gives the tables and pictures of one set of clips."""
     testbed = points[0].testbed
     parts = [f"### {TITLES[testbed]}: {words}", f"{caption(points)}. {NOTES[testbed]} {SEEDS}"]
@@ -58,7 +59,7 @@ def _section(words: str, points: list[Point], pictures: Path, number: int) -> st
         drawn.append(("kinds", "Scores of each kind of question", plots.plot_kinds))
     for name, text, plot in drawn:
         path = plot(good, pictures / f"accuracy_{name}{suffix}.png", words)
-        parts.append(f"![{text}]({path.as_posix()})")
+        parts.append(f"![{text}]({(shown / path.name).as_posix()})")
     return "\n\n".join(parts)
 
 

@@ -73,12 +73,19 @@ def caption(rows: Sequence[Row]) -> str:
     return f"{last['device']}{driver}, {versions}, commit {', '.join(commits)}, medians of {often} runs"
 
 
-def speed_report(results: Path, pictures: Path, device: str | None = None, commit: str | None = None) -> str:
+def speed_report(
+    results: Path,
+    pictures: Path,
+    shown: Path | None = None,
+    device: str | None = None,
+    commit: str | None = None,
+) -> str:
     """Draws the pictures, and gives the text with the tables.
 
     Args:
         results: the folder with the rows of each benchmark, as "throughput.jsonl".
-        pictures: the folder for the pictures, as the text refers to it.
+        pictures: the folder for the pictures.
+        shown: the same folder as the text refers to it. Default: as it is given.
         device: see `select`.
         commit: see `select`.
 
@@ -97,8 +104,8 @@ def speed_report(results: Path, pictures: Path, device: str | None = None, commi
             about = f"{clip}; {where}"
         parts = [f"### {TITLES[benchmark]}", f"{where}.", TABLES[benchmark](rows)]
         for name, text, plot in PICTURES[benchmark]:
-            plot(drawn, pictures / f"{name}.png", about)
-            parts.append(f"![{text}]({pictures.as_posix()}/{name}.png)")
+            path = plot(drawn, pictures / f"{name}.png", about)
+            parts.append(f"![{text}]({((shown or pictures) / path.name).as_posix()})")
         sections.append("\n\n".join(parts))
     if not sections:
         raise ValueError(f"no rows in {results} of device {device or 'any'} and commit {commit or 'any'}")
