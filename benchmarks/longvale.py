@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import audiopress
 from audiopress.benchmarks.captions import CaptionScorer
-from audiopress.benchmarks.cells import Parser, check_device, read_shard
+from audiopress.benchmarks.cells import Parser, append, check_device, read_rows, read_shard
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.longvale_scores import TASKS, Key, Truth, read_log, read_truths, score, table, write_log
 from audiopress.benchmarks.scoring import to_device
@@ -144,30 +144,15 @@ def ask_all(asker: Asker, queries: Sequence[Query], batch_size: int) -> Iterator
                     bar.update(len(rows))
 
 
-def read_rows(folder: Path) -> dict[Key, dict[str, Any]]:
+def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
     """Gives the last row of every question that any shard has written; an "ok" one stands for good."""
     rows: dict[Key, dict[str, Any]] = {}
     for path in sorted(folder.glob(ANSWERS)):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                logger.warning("%s: a line that was cut off is left out: %.60s", path, line)
-                continue
+        for row in read_rows(path):
             key = row["task"], row["video_id"], row["sentence_id"]
             if rows.get(key, {}).get("status") != "ok":
                 rows[key] = row
     return rows
-
-
-def append(rows: Iterator[dict[str, Any]], path: Path) -> None:
-    """Adds rows to a file, each as soon as it is there."""
-    with path.open("a+b") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
-            file.write(b"\n")  # the last run was stopped while it wrote
-        for row in rows:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
 
 
 def kept_tokens(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -277,7 +262,7 @@ def finish(
     args: argparse.Namespace,
 ) -> None:
     """Writes the log and the metrics if every question has been asked, by whatever shard."""
-    rows = read_rows(args.output)
+    rows = read_answers(args.output)
     asked = {(query.task, *query.key): rows.get((query.task, *query.key)) for query in queries}
     missing = sum(row is None for row in asked.values())
     if missing:
@@ -317,7 +302,7 @@ def main() -> None:
         queries = load_queries(args.annotations, tasks, **folders, time_format=args.time_format, skips=skips)
         scorer = CaptionScorer() if set(tasks) != {"grounding"} else None
         settings = settle(args)
-        rows = read_rows(args.output)
+        rows = read_answers(args.output)
         mine = set(list(dict.fromkeys(query.video_id for query in queries))[number - 1 :: total])
         left = [q for q in queries if q.video_id in mine and rows.get((q.task, *q.key), {}).get("status") != "ok"]
         if left:
@@ -328,7 +313,9 @@ def main() -> None:
     if left:
         encoder = VideoEncoder(processor, num_frames=args.num_frames, max_seconds=args.max_audio_seconds)
         asker = Asker(model, processor, encoder, args.max_new_tokens)
-        append(ask_all(asker, left, args.batch_size), args.output / ANSWERS.replace("*", f"{number}-of-{total}"))
+        answered = args.output / ANSWERS.replace("*", f"{number}-of-{total}")
+        for row in ask_all(asker, left, args.batch_size):
+            append(row, answered)
     finish(queries, truths, scorer, skips, settings, args)
 
 

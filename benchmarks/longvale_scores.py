@@ -15,7 +15,7 @@ from typing import Any, cast
 from audiopress.benchmarks.captions import NEEDS_JAVA, CaptionScorer
 from audiopress.benchmarks.dense_captions import Event, dense_scores, read_official, read_tolerant
 from audiopress.benchmarks.metrics import GroundingScore, grounding_scores, interval_iou, parse_official
-from audiopress.data.longvale import Task
+from audiopress.data.longvale import Task, read_json
 
 TASKS: tuple[Task, ...] = ("captioning", "grounding", "seg_captioning")  # in the order of LongVALE's log
 
@@ -37,14 +37,8 @@ def read_truths(path: Path) -> dict[str, Truth]:
     Raises:
         ValueError: names the file, the video and what is wrong with it.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} must hold a JSON object of videos, got {content!r:.60}")
     truths = {}
-    for video, entry in content.items():
+    for video, entry in read_json(path, dict).items():
         try:
             pairs = zip(entry["timestamps"], entry["sentences"], strict=True)
             events = tuple(Event(float(start), float(end), str(text)) for (start, end), text in pairs)

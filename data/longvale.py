@@ -117,7 +117,7 @@ def load_dialogues(
     _check_option("time_format", time_format, TimeFormat)
     _check_folders(video_dir, audio_dir)
     path, skips = Path(path), SkipLog(strict=True) if skips is None else skips
-    entries = _read_json(path, list)
+    entries = read_json(path, list)
     dialogues: list[Record] = []
     seen: Counter[str] = Counter()
     for index, entry in enumerate(entries):
@@ -178,7 +178,7 @@ def load_queries(
     _check_option("time_format", time_format, TimeFormat)
     _check_folders(video_dir, audio_dir)
     path, skips = Path(path), SkipLog(strict=True) if skips is None else skips
-    videos = _read_json(path, dict)
+    videos = read_json(path, dict)
     queries: list[Query] = []
     for video_id, annotation in videos.items():
         try:
@@ -303,7 +303,8 @@ def _field(entry: Any, key: str, kind: type | tuple[type, ...], where: str = "")
     return entry[key]
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type) -> Any:
+    """Reads a file that must hold a list, or a dict, with entries; raises ValueError, which names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

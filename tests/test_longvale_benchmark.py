@@ -112,7 +112,7 @@ def test_bad_logs(tmp_path, truths, text, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "must hold a JSON object of videos"),
+        ([], "must hold a JSON dict with entries, got"),
         ({"abc": {"duration": 3, "sentences": []}}, "video 'abc' must be .*KeyError 'timestamps'"),
         ({"abc": {"duration": 3, "timestamps": [[0, 1]], "sentences": []}}, "video 'abc' must be .*shorter"),
         ({"abc": {"duration": 0, "timestamps": [], "sentences": []}}, "duration must be positive seconds, got 0"),
