@@ -315,7 +315,8 @@ def main() -> None:
         for group in groups
         if group[0]["elastic"]
     }
-    cells = [cell for group in groups[part - 1 :: parts] for cell in group]
+    methods = list(dict.fromkeys(group[0]["method"] for group in groups))  # each in one part: see words/training.py
+    cells = [cell for group in groups if methods.index(group[0]["method"]) % parts == part - 1 for cell in group]
     measuring = Measuring(testbeds, SpeechTraining(whisper, settings), elastic)
     rows = run_cells(cells, measuring, environment(device, args.commit), args.output)
     for joined in kinds:

@@ -173,6 +173,8 @@ def test_shards_are_all_cells(run):
     # the second finds the rows of the first in the same file
     rows = [(row["method"], row["keep_ratio"], row["elastic"]) for row in parts[1]]
     assert 0 < len(parts[0]) < len(rows) == len(set(rows)) == 9
+    first, second = ({row["method"] for row in part} for part in (parts[0], parts[1][len(parts[0]) :]))
+    assert first.isdisjoint(second), "a method's rate of learning is chosen once"
     assert run(*options)[0] == parts[1]
 
 
@@ -198,22 +200,27 @@ def test_training_lowers_the_loss_and_leaves_whisper_alone(training, method):
     assert all(torch.equal(p, before[name]) for name, p in whisper.model.named_parameters())
 
 
-def test_of_several_rates_of_learning_the_one_that_does_best_on_held_back_prompts_stays(training, monkeypatch):
+def test_each_method_gets_the_rate_of_learning_that_does_best_on_held_back_prompts(training, monkeypatch):
     training.settings = dataclasses.replace(training.settings, rates=(3e-3, 1e-9))
     with pytest.raises(ValueError, match="to choose among 2 rates of learning, more prompts must be there"):
         training("stacking", [0.5], 1, 0)
     monkeypatch.setattr(training_module, "HELD_BACK", 0.5)
     training.lessons = []
-    best = training("ward-refined", [0.5, 0.25], 30, 0)
+    best = training("ward-refined", [0.5, 0.25], 30, 1)
     assert best.rate == 3e-3 == min(best.held_back, key=best.held_back.get)
     assert set(best.held_back) == {3e-3, 1e-9}
     row = best.row()
     assert (row["train_rate"], list(row["held_back_losses"])) == (3e-3, ["0.003", "1e-09"])
     assert 0 < len(training.held_back) <= training.settings.batch, "one batch"
+    own = training._train("ward-refined", [None], 30, 0, 3e-3)
     with torch.no_grad():
-        losses = [training._losses(training.held_back, best.compressor.at(ratio)) for ratio in (0.5, 0.25)]
-    want = sum(a + training_module.DISTILLATION * b for a, b, _ in losses) / 2
+        cross_entropy, distillation, _ = training._losses(training.held_back, own.compressor)
+    want = cross_entropy + training_module.DISTILLATION * distillation
     assert best.held_back[3e-3] == pytest.approx(float(want), rel=1e-4)
+    trainings = []
+    monkeypatch.setattr(training, "_train", lambda *how: trainings.append(how) or own)
+    assert training("ward-refined", [0.25], 30, 2).held_back == best.held_back
+    assert trainings == [("ward-refined", [0.25], 30, 2, 3e-3)], "chosen once for all ratios and seeds"
 
 
 def test_a_rate_that_diverges_is_left_out(training, monkeypatch):
@@ -221,9 +228,10 @@ def test_a_rate_that_diverges_is_left_out(training, monkeypatch):
     training.settings = dataclasses.replace(training.settings, rates=(1e30, 3e-3))
     best = training("stacking", [0.5], 4, 0)
     assert (best.rate, set(best.held_back)) == (3e-3, {3e-3})
-    training.settings = dataclasses.replace(training.settings, rates=(1e30,))
-    with pytest.raises(ValueError, match="the loss of stacking became infinite"):
-        training("stacking", [0.5], 4, 0)
+    for rates in ((1e30,), (1e30, 1e29)):
+        training.settings, training.chosen = dataclasses.replace(training.settings, rates=rates), {}
+        with pytest.raises(ValueError, match="the loss of stacking became infinite"):
+            training("stacking", [0.5], 4, 0)
 
 
 def test_held_back_prompts_are_not_learned(training, monkeypatch):

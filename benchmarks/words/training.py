@@ -6,8 +6,9 @@ decoder behind a compressor, learns the teacher's transcripts by cross-entropy, 
 at each place; as in Distil-Whisper, arXiv 2311.00430. The prompts' own texts have no steady spelling and punctuation,
 which a compressor would learn, too; they only tell which transcripts are wrong.
 
-A rate of learning that suits one method may ruin another. Where several are given, every method is trained with each,
-and the one is kept that does best on prompts of the train split that were held back.
+A rate of learning that suits one method may ruin another. Where several are given, every method is first trained with
+each, at its own ratio and with one seed; the one that does best on prompts of the train split that were held back is
+that of all its trainings.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 JOINS = (1.0, 1.0, 1.0, 0.5, 0.25)  # the train split is joined once for each, to this share of the longest; a guess
 HELD_BACK = 0.1  # of the train split's prompts; a guess
+CHOICE_SEED = 0  # of the trainings that choose a rate of learning
 WORST = 0.3  # word error rate of a transcript to learn; a guess, as the prompts' spelling alone makes some errors
 DISTILLATION = 0.8  # beside cross-entropy's 1: Distil-Whisper, arXiv 2311.00430
 WARM_UP = 0.1  # of the steps; this, the decay and the norm are guesses, the usual ones
@@ -85,12 +87,13 @@ class Trained:
     """A compressor that was trained, and how it went.
 
     Args:
-        compressor: the best of those of all rates.
-        rate: its rate of learning.
+        compressor: in eval mode.
+        rate: of learning.
         seconds: of training it.
         cross_entropy: mean over the last tenth of the steps.
         distillation: the same.
-        held_back: by rate, the whole loss on what was held back; None where nothing was.
+        held_back: by rate, the whole loss on what was held back, in the trainings by which the rate was chosen; None
+            where there was nothing to choose.
     """
 
     compressor: Compressor
@@ -125,9 +128,10 @@ class SpeechTraining:
         self.settings = settings
         self.lessons: list[Lesson] = []
         self.held_back: list[Lesson] = []
+        self.chosen: dict[tuple[str, int], dict[float, float]] = {}  # by method and steps: see `Trained.held_back`
 
     def __call__(self, method: str, ratios: Sequence[float | None], steps: int, seed: int) -> Trained:
-        """Trains one with every rate of learning, and gives the best.
+        """Trains one.
 
         Args:
             method: its name.
@@ -136,27 +140,34 @@ class SpeechTraining:
             seed: of its weights, of dropout, and of what each step draws.
 
         Raises:
-            ValueError: it acts inside the encoder, its loss became infinite with every rate, or there are several
-                rates and nothing was held back.
+            ValueError: it acts inside the encoder, its loss became infinite, or there are several rates of learning
+                and nothing was held back.
         """
         if not self.lessons:
             self.lessons, self.held_back = self._encode()
+        if len(self.settings.rates) == 1:
+            return self._train(method, ratios, steps, seed, self.settings.rates[0])
+        losses = self._choose(method, steps)
+        return replace(self._train(method, ratios, steps, seed, min(losses, key=losses.__getitem__)), held_back=losses)
+
+    def _choose(self, method: str, steps: int) -> dict[float, float]:
+        """Gives the losses on what was held back, by rate of learning, without the rates that diverge."""
         rates = self.settings.rates
-        if len(rates) > 1 and not self.held_back:
-            raise ValueError(f"to choose among {len(rates)} rates of learning, more prompts must be there")
-        trained, errors = [], []
-        for rate in rates:
-            try:
-                trained.append(self._train(method, ratios, steps, seed, rate))
-            except Diverged as error:
-                errors.append(error)
-        if not trained:
-            raise errors[0]
         if not self.held_back:
-            return trained[0]
-        held_back = {one.rate: self._held_back_loss(one, ratios) for one in trained}
-        best = min(trained, key=lambda one: held_back[one.rate])
-        return replace(best, held_back=held_back)
+            raise ValueError(f"to choose among {len(rates)} rates of learning, more prompts must be there")
+        if (method, steps) not in self.chosen:
+            losses, errors = {}, []
+            for rate in rates:
+                try:
+                    trained = self._train(method, [None], steps, CHOICE_SEED, rate)
+                except Diverged as error:
+                    errors.append(error)
+                else:
+                    losses[rate] = self._held_back_loss(trained.compressor)
+            if not losses:
+                raise errors[0]
+            self.chosen[method, steps] = losses
+        return self.chosen[method, steps]
 
     def _train(self, method: str, ratios: Sequence[float | None], steps: int, seed: int, rate: float) -> Trained:
         """Trains one with one rate of learning."""
@@ -190,14 +201,13 @@ class SpeechTraining:
         return Trained(compressor.eval(), rate, time.perf_counter() - started, *last.tolist())
 
     @torch.no_grad()
-    def _held_back_loss(self, trained: Trained, ratios: Sequence[float | None]) -> float:
-        """Gives the mean loss on what was held back, over all ratios."""
+    def _held_back_loss(self, compressor: Compressor) -> float:
+        """Gives the mean loss on what was held back."""
         size, losses = self.settings.batch, []
-        for variant in _variants(trained.compressor, ratios):
-            for i in range(0, len(self.held_back), size):
-                with self._autocast():
-                    cross_entropy, distillation, others = self._losses(self.held_back[i : i + size], variant)
-                losses.append(cross_entropy + DISTILLATION * distillation + others)
+        for i in range(0, len(self.held_back), size):
+            with self._autocast():
+                cross_entropy, distillation, others = self._losses(self.held_back[i : i + size], compressor)
+            losses.append(cross_entropy + DISTILLATION * distillation + others)
         return float(torch.stack(losses).mean())
 
     def _losses(self, lessons: Sequence[Lesson], compressor: Compressor) -> tuple[Tensor, Tensor, Tensor]:
