@@ -182,6 +182,17 @@ def test_answers_are_those_of_the_ordinary_path(testbed, processor):
     assert row["questions"] == len(testbed.questions)
 
 
+def test_a_model_without_a_compressor_is_asked_as_it_is(testbed):
+    told = testbed.answers(testbed.model)
+    assert told.keys() == {q.record.id for q in testbed.questions}
+    for task, (_, answer) in testbed(CELL)["examples"].items():
+        asked = next(q for q in testbed.questions if q.kind.task == task)
+        assert told[asked.record.id] == answer
+    begun = testbed.answers(testbed.model, longest=1)
+    assert begun != told
+    assert all(told[name].startswith(text) for name, text in begun.items())
+
+
 def test_tokens_are_counted_once_per_clip(testbed):
     full, quarter, joint = (
         testbed(CELL | {"method": name, "keep_ratio": ratio})

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from audiopress.benchmarks.metrics import ErrorRate, wer
-from audiopress.benchmarks.scoring import evaluate, to_device
+from audiopress.benchmarks.scoring import evaluate
 from audiopress.benchmarks.timeline import Options, write_data_set
-from audiopress.benchmarks.times.clips import Encoded, as_it_is, load_clips
+from audiopress.benchmarks.times.clips import load_clips
 from audiopress.benchmarks.times.scores import scores
-from audiopress.data.collator import Encoder, OmniCollator
+from audiopress.benchmarks.times.testbed import TimeTestbed
+from audiopress.data.collator import Encoder
 from audiopress.data.speech import Split, speech_records
 from audiopress.data.stamps import Stamp
 from audiopress.models import CompressedOmni, delta
@@ -25,7 +24,6 @@ from audiopress.models.packed import use_packed_attention
 NEW_TOKENS = 128  # of a transcript; the longest of a prompt has about 100
 ANSWER_TOKENS = 40  # of an answer about a clip; the longest has about 30
 EXAMPLES = 30  # of questions, that are kept with the scores
-AT_ONCE = 32  # questions about a clip: mostly all
 
 
 def aligned(base: str, changes: Path, device: torch.device) -> tuple[CompressedOmni, Any]:
@@ -95,21 +93,8 @@ def time_scores(
     """
     sizes = {"train": 0, "validation": 0, "test": clips, "unseen": 0}
     write_data_set(folder, stamps, sizes, Options(), max(workers, 1))
-    made = load_clips(folder, "test", clips)
-    encoded = Encoded(processor, [[question.record for question in clip.questions] for clip in made], 50, True)
-    collate = OmniCollator(processor.tokenizer.pad_token_id, "left")
-    answers: dict[str, str] = {}
-    loader = DataLoader(encoded, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    for clip, (media, texts) in zip(made, tqdm(loader, desc="time testbed", leave=False), strict=True):
-        samples = [media | {key: torch.from_numpy(value) for key, value in text.items()} for text in texts]
-        for i in range(0, len(samples), AT_ONCE):
-            batch = to_device(collate(samples[i : i + AT_ONCE]), model.device)
-            written = processor.tokenizer.batch_decode(
-                model.generate(**batch, max_new_tokens=ANSWER_TOKENS), skip_special_tokens=True
-            )
-            asked = clip.questions[i : i + AT_ONCE]
-            answers |= {q.record.id: text.strip() for q, text in zip(asked, written, strict=True)}
-    questions = [question for clip in made for question in clip.questions]
+    testbed = TimeTestbed(model, processor, load_clips(folder, "test", clips), workers=workers)
+    questions, answers = testbed.questions, testbed.answers(model, ANSWER_TOKENS)
     found = {key: value for key, value in scores(questions, answers).items() if key != "by_clip"}
     examples = [[q.record.messages[-1]["content"], q.truth or str(q.span), answers[q.record.id]] for q in questions]
     return {"split": "test", **found, "examples": examples[:: max(1, len(examples) // EXAMPLES)]}

@@ -134,9 +134,9 @@ class KeptClips:
             media = media | {name: media[name][:0].clone() for name in ("pixel_values_videos", "input_features")}
             self.clips.append([media | {k: torch.from_numpy(v) for k, v in text.items()} for text in texts])
 
-    def samples(self, compressor: Compressor) -> list[list[Sample]]:
+    def samples(self, compressor: Compressor | None) -> list[list[Sample]]:
         """Gives the samples of every clip, with the states of the audio tower that the compressor starts from."""
-        in_tower, after = compressor.split()
+        in_tower, after = (None, None) if compressor is None else compressor.split()
         needs = frozenset() if after is None else after.needs
         start = first_step(self.tower, needs, in_tower)  # type: ignore[arg-type]
         if start not in self.hidden:

@@ -166,19 +166,33 @@ class TimeTestbed:
         last = losses[-max(1, len(losses) // 10) :]
         return {"train_loss": sum(last) / len(last), "training_seconds": time.perf_counter() - started}
 
+    def answers(self, model: CompressedOmni, longest: int | None = None) -> dict[str, str]:
+        """Asks all questions, greedily.
+
+        Args:
+            model: in eval mode; on the testbed's towers.
+            longest: tokens of an answer. Default: `NEW_TOKENS` of its task.
+
+        Returns:
+            The answers by the ids of the questions' records.
+        """
+        answers: dict[str, str] = {}
+        samples = [sample for clip in self.asked.samples(model.compressor) for sample in clip]
+        pairs = list(zip(self.questions, samples, strict=True))
+        for task, tokens in NEW_TOKENS.items():
+            own = [pair for pair in pairs if pair[0].kind.task == task]
+            for batch in self._batches(model, [sample for _, sample in own]):
+                inputs = self._collate([own[i][1] for i in batch])
+                generated = model.generate(**inputs, max_new_tokens=longest or tokens)
+                texts = self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
+                answers |= {own[i][0].record.id: text.strip() for i, text in zip(batch, texts, strict=True)}
+        return answers
+
     @torch.no_grad()
     def _measure(self, model: CompressedOmni) -> dict[str, Any]:
         started = time.perf_counter()
-        asked = self.asked.samples(model.compressor)
-        counted = self._count(model, [samples[0] for samples in asked])
-        answers: dict[str, str] = {}
-        pairs = list(zip(self.questions, (sample for samples in asked for sample in samples), strict=True))
-        for task, longest in NEW_TOKENS.items():
-            own = [pair for pair in pairs if pair[0].kind.task == task]
-            for batch in self._batches(model, [sample for _, sample in own]):
-                generated = model.generate(**self._collate([own[i][1] for i in batch]), max_new_tokens=longest)
-                texts = self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
-                answers |= {own[i][0].record.id: text.strip() for i, text in zip(batch, texts, strict=True)}
+        counted = self._count(model, [samples[0] for samples in self.asked.samples(model.compressor)])
+        answers = self.answers(model)
         examples = {q.kind.task: [q.truth or str(q.span), answers[q.record.id]] for q in reversed(self.questions)}
         found = {"answering_seconds": time.perf_counter() - started, "examples": examples}
         return scores(self.questions, answers) | counted | found
