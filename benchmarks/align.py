@@ -229,7 +229,7 @@ def parser() -> Parser:
     made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--minutes", type=float, default=10.0, help="of training now; 0 measures what is there")
     made.add_argument("--of", type=float, default=None, help="minutes of all starts together; default: --minutes")
-    made.add_argument("--tokens", type=int, default=40_000, help="of a batch")
+    made.add_argument("--tokens", type=int, default=12_000, help="of a batch")
     made.add_argument("--hours", type=float, default=60.0, help="of speech, at most; an hour takes 115 MB of the GPU")
     made.add_argument("--clips", type=int, default=6000, help="to train on, at most; one takes about 5 MB of the GPU")
     made.add_argument("--workers", type=int, default=12, help="processes that make speech and clips")

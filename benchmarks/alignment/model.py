@@ -21,7 +21,7 @@ from audiopress.models.rewrite import IGNORE
 
 # All guesses, but for the weight of CTC, which a first run of other code found useful.
 RANK = 48  # of the sums; what 25 MB have room for
-RATES = {"llm": 1e-3, "audio": 5e-4, "vision": 5e-4, "heads": 2e-3}  # of Adam, at their peak
+RATES = {"llm": 1e-3, "audio": 1e-3, "vision": 5e-4, "heads": 2e-3}  # of Adam, at their peak
 VECTOR_RATE = 0.2  # of its part's: norms and biases stand in every row's way
 CTC_WEIGHT = 0.5
 NAME_WEIGHT, NAME_TEMPERATURE = 0.5, 15.0
@@ -144,7 +144,7 @@ class Aligner(nn.Module):
         self.thinker, self.extractor = thinker, extractor
         self.llm = parts.language_model(thinker)
         width = names.shape[1]
-        self.ctc = CTCAlignment(width).to(names.device)
+        self.ctc = CTCAlignment(width, negatives=0).to(names.device)
         self.clock = nn.Linear(width, 100, device=names.device)
         self.names = names
         self.middle: list[Tensor] = []
@@ -209,11 +209,15 @@ class Aligner(nn.Module):
         return sound, encode_video(self.thinker, *patches(batch.frames)).unflatten(0, (rows, -1))
 
     def _ctc(self, sound: Tensor, batch: Batch) -> Tensor:
-        """Gives CTC per token said."""
+        """Gives CTC per letter said.
+
+        Letters are far fewer than words, and every sentence has all of them: tokens learn to point at what is heard in
+        hundreds of steps where words take thousands, and how words are spelled the LLM knows (benchmarks/LOG.md).
+        """
         rows, length, _ = sound.shape
         stream = TokenStream(sound.flatten(0, 1), (length,) * rows)
-        loss = self.ctc(stream, batch.answers, self.thinker.get_input_embeddings().weight)
-        return loss / sum(map(len, batch.answers))
+        loss = self.ctc(stream, batch.letters, self.thinker.get_input_embeddings().weight)
+        return loss / max(1, sum(map(len, batch.letters)))
 
     def _names(self, sound: Tensor, pictures: Tensor, marks: list[Mark]) -> Tensor:
         """Gives the cross-entropy of what is heard or seen in the time of each mark, by the cosine to its name."""
