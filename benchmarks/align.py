@@ -103,6 +103,9 @@ class Training:
         device: to train on.
         compiled: compile what is slow without.
         stamps: of the clips.
+
+    Raises:
+        ValueError: the recorded prompts alone are more hours than are planned.
     """
 
     def __init__(self, folder: Path, plan: Plan, device: torch.device, compiled: bool, stamps: list[Stamp]) -> None:
@@ -265,9 +268,10 @@ def main() -> None:
         )
         stamps = packaged_stamps()
         synthesis.ensure_voices()
+        args.output.mkdir(parents=True, exist_ok=True)
+        training = Training(args.output, plan, device, args.compile, stamps) if plan.minutes else None
     except (FetchError, ValueError) as error:
         made.error(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
 
     def tell(row: dict[str, Any], file: str = "log.jsonl") -> None:
         with (args.output / file).open("a") as lines:
@@ -275,11 +279,12 @@ def main() -> None:
         shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
         print(json.dumps(shown) if file == "log.jsonl" else _summary(row), flush=True)
 
-    if plan.minutes:
+    if training is not None:
         try:
-            Training(args.output, plan, device, args.compile, stamps).run(tell)
+            training.run(tell)
         except FloatingPointError as error:
             sys.exit(f"error: {error}; {args.output / FILE} is from before")
+        training = None  # what it held of the GPU is free again
     for row in measure(args.output, device, stamps, args):
         tell(row, "scores.jsonl")
 
