@@ -119,7 +119,7 @@ class Training:
         self.speech = SpeechBank(encoder, plan.hours, device)
         self.speech.add_recorded(prompts, self.rng)
         self.clips = ClipBank(TokenIds.from_config(thinker.config), processor.tokenizer.pad_token_id, device)
-        maker = ClipMaker(encoder, stamps, seed=1 + self.starts)
+        maker = ClipMaker(Encoder(processor, tell_duration=True), stamps, seed=1 + self.starts)
         texts = Texts.load(prompts)
         self.makers = Makers(self.speech, self.clips, texts, maker, plan.clips, plan.workers, self.starts)
         use_packed_attention(thinker)

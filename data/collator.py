@@ -40,6 +40,8 @@ class Encoder:
             question and answer are dropped from the end until it is kept.
         tokens_left: gives how many of so many audio and video tokens the LLM reads, for `max_length`.
         max_seconds: cuts longer audio. By default audio beyond the feature extractor's limit is an error.
+        tell_duration: says before the media how many seconds they last. The LLM reads from the start on: without it,
+            what share of a clip is over can be told at its end alone. For models that were trained with it.
     """
 
     processor: Any
@@ -49,6 +51,7 @@ class Encoder:
     max_length: int | None = None
     tokens_left: Callable[[int, int], int] = operator.add
     max_seconds: float | None = None
+    tell_duration: bool = False
 
     def __post_init__(self) -> None:
         # Says that `max_tokens` is the limit; transformers warns of another one, of thousands of frames, when unset.
@@ -84,8 +87,9 @@ class Encoder:
         video_tokens = self._video_tokens(sample)
         dropped = audio_tokens + video_tokens - self.tokens_left(audio_tokens, video_tokens)
         messages = list(record.messages)
+        lead = self._lead(audio_tokens, sample)
         while True:
-            ids, labels = self._tokenize(record, messages, media, prompt_only)
+            ids, labels = self._tokenize(record, messages, media, prompt_only, lead)
             needed = len(ids) - dropped
             if self.max_length is None or needed <= self.max_length:
                 break
@@ -154,8 +158,22 @@ class Encoder:
         inner = [token for n in counts for token in [video] * per_group + [audio] * n]
         return {video: [bos, *inner, eos]}
 
+    def _lead(self, audio_tokens: int, sample: dict[str, Any]) -> str:
+        """Gives the text before the media."""
+        if not self.tell_duration:
+            return ""
+        seconds = audio_tokens / AUDIO_TOKENS_PER_SECOND
+        if "video_grid_thw" in sample:
+            seconds = float(sample["video_second_per_grid"]) * int(sample["video_grid_thw"][0, 0])
+        return f"Duration: {round(seconds)} seconds.\n"
+
     def _tokenize(
-        self, record: Record, messages: Sequence[Message], media: dict[int, list[int]], prompt_only: bool
+        self,
+        record: Record,
+        messages: Sequence[Message],
+        media: dict[int, list[int]],
+        prompt_only: bool,
+        lead: str = "",
     ) -> tuple[list[int], list[int]]:
         """Renders the conversation, cuts it where answers begin and end, and tokenizes each piece by itself.
 
@@ -164,8 +182,9 @@ class Encoder:
         whole text: elsewhere the cuts are at special tokens.
         """
         kind = "audio" if record.video is None else "video"
-        first = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": messages[0]["content"]}]}
-        chat = [first, *messages[1:]]
+        content = [{"type": "text", "text": lead}] if lead else []
+        content += [{"type": kind}, {"type": "text", "text": messages[0]["content"]}]
+        chat = [{"role": "user", "content": content}, *messages[1:]]
         text = self._render(chat, add_generation_prompt=prompt_only)
         cuts = [0]
         for i in range(1, len(chat), 2):

@@ -63,7 +63,7 @@ def encoder(processor):
 
 @pytest.fixture
 def maker(encoder, stamps):  # noqa: F811
-    return ClipMaker(encoder, stamps, seed=3)
+    return ClipMaker(replace(encoder, tell_duration=True), stamps, seed=3)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_sounds_and_frames_become_what_the_encoder_reads(encoder, maker, stamps,
     made = maker(0, 24)
     render(clip, tmp_path / "clip.mp4", size=clips_module.SIZE, fps=clips_module.FPS)
     record = replace(clips_module._record(clip), audio=tmp_path / "clip.mp4", video=tmp_path / "clip.mp4")
-    sample = encoder(record)
+    sample = maker.encoder(record)
     assert made.ids[0] == sample["input_ids"].tolist()
     assert made.labels[0] == sample["labels"].tolist()
     assert torch.equal(torch.from_numpy(made.times[::2]).float(), sample["video_seconds"])
@@ -195,6 +195,11 @@ def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811
     assert all(0 <= m.start < m.end <= (len(batch.audio) if m.heard else 12) for m in batch.marks)
     assert batch.percent[batch.audio[0]] == 0
     assert 99 < batch.percent[batch.audio[-1]] < 101
+    for mark in batch.marks:
+        places = batch.audio if mark.heard else batch.video.unflatten(0, (12, -1))
+        began = batch.began[mark.row, places[mark.start : mark.end]]
+        assert (began == batch.percent[places[mark.start]].flatten()[0]).all()
+    assert batch.began.isnan().sum() > batch.began.isfinite().sum()
     assert len(first.ids) == clips_module.DIALOGUES
     assert len({tuple(ids) for ids in first.ids}) > 1
 

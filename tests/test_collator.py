@@ -154,6 +154,17 @@ def test_audio_equals_the_processor_s_own(processor, tmp_path, seconds):
     torch.testing.assert_close(ours["input_features"], theirs["input_features"][:, :, :frames], rtol=0, atol=1e-5)
 
 
+def test_the_duration_is_told_before_the_media(processor, clips, wav):
+    plain, told = Encoder(processor, num_frames=4), Encoder(processor, num_frames=4, tell_duration=True)
+    for media, seconds in (({"audio": wav}, 1), ({"audio": clips[4], "video": clips[4]}, 4)):
+        record = dialogue("When?", "Now.", **media)
+        ids, more = (encoder(record)["input_ids"].tolist() for encoder in (plain, told))
+        lead = processor.tokenizer(f"Duration: {seconds} seconds.\n", add_special_tokens=False)["input_ids"]
+        start = next(i for i, (a, b) in enumerate(zip(ids, more, strict=False)) if a != b)
+        assert more == [*ids[:start], *lead, *ids[start:]]
+        assert processor.tokenizer.decode(ids[:start]).endswith("<|im_start|>user\n")
+
+
 def test_rounds_are_dropped_from_the_end(tiny, wav):
     texts = ["Q1?", "one", "Q2?", "two", "Q3?", "three"]
     whole = Encoder(tiny)(dialogue(*texts, audio=wav))

@@ -141,7 +141,7 @@ def test_towers_that_ran_before_change_nothing(data_set, processor, method):  # 
     if method == "atome:encoder":
         options["layers"] = (1,)  # the tower has two
     model = CompressedOmni(thinker, build_for(thinker, method, **options)).eval()
-    encoder = VideoEncoder(processor, num_frames=FRAMES)
+    encoder = VideoEncoder(processor, num_frames=FRAMES, tell_duration=True)
     collate = OmniCollator(0, "left")
     whole, _ = model.encode(**without_ids(collate([encoder(record, True) for record in records])))
     kept = KeptClips(thinker, Encoded(processor, [records], FRAMES, True), 0, "clips")
@@ -173,7 +173,7 @@ def test_answers_are_those_of_the_ordinary_path(testbed, processor):
     row = testbed(CELL | {"method": "uniform-stride", "keep_ratio": 0.25})
     thinker = testbed.model.thinker
     model = CompressedOmni(thinker, build_for(thinker, "uniform-stride", keep_ratio=0.25)).eval()
-    encoder, collate = VideoEncoder(processor, num_frames=FRAMES), OmniCollator(0, "left")
+    encoder, collate = VideoEncoder(processor, num_frames=FRAMES, tell_duration=True), OmniCollator(0, "left")
     for task, (_, answer) in row["examples"].items():
         asked = next(q for q in testbed.questions if q.kind.task == task)
         inputs = without_ids(collate([encoder(asked.record, True)]))

@@ -52,6 +52,7 @@ class Batch:
         frames: clips: `[B, T, 3, H, W]` uint8.
         marks: clips: what is heard or seen when.
         percent: clips: how much of the clip is over at each place of a row, `[L]`; NaN in text.
+        began: clips: how much was over when what is heard or seen at a place began, `[B, L]`; NaN where nothing is.
     """
 
     ids: Tensor
@@ -64,6 +65,7 @@ class Batch:
     frames: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
     percent: Tensor | None = None
+    began: Tensor | None = None
 
 
 def audio_tokens(samples: int) -> int:

@@ -82,7 +82,8 @@ class ClipMaker:
         }
         media = self.encoder._media_ids(audio_tokens(len(sound)), sample)
         asked = [_record(replace(clip, seed=clip.seed + i)) for i in range(DIALOGUES)]
-        made = [self.encoder._tokenize(record, record.messages, media, False) for record in asked]
+        lead = self.encoder._lead(audio_tokens(len(sound)), sample)
+        made = [self.encoder._tokenize(record, record.messages, media, False, lead) for record in asked]
         return MadeClip(
             clip.duration,
             (sound * (2**15 - 1)).round().astype(np.int16),
@@ -165,19 +166,26 @@ class ClipBank:
         ids = [clip.ids[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
         labels = [clip.labels[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
         layout = self._layout(chosen[0][0], max(ids, key=len))
-        audio, video = (
-            (layout.kind[0] == kind.value).nonzero()[:, 0].to(self.device) for kind in (Kind.AUDIO, Kind.VIDEO)
-        )
+        audio, video = ((layout.kind[0] == kind.value).nonzero()[:, 0] for kind in (Kind.AUDIO, Kind.VIDEO))
+        percent = 100 * layout.second[0] / seconds
+        marks = [replace(mark, row=row) for row, (clip, *_) in enumerate(chosen) for mark in clip.marks]
+        began = torch.full((rows, len(percent)), torch.nan)
+        per_group = 2 * len(video) // len(chosen[0][0].shown)
+        for mark in marks:
+            start, end = (mark.start, mark.end) if mark.heard else (mark.start * per_group, mark.end * per_group)
+            places = (audio if mark.heard else video)[start:end]
+            began[mark.row, places] = percent[places[0]]
         return Batch(
             pad_rows(ids, self.pad).to(self.device),
             labels_of(labels),
             layout.positions[:, 0].to(self.device),
-            audio,
+            audio.to(self.device),
             torch.stack([wave for _, wave, _ in chosen]).float() / 2**15,
-            video=video,
+            video=video.to(self.device),
             frames=torch.stack([shown[torch.from_numpy(clip.shown).to(self.device)] for clip, _, shown in chosen]),
-            marks=[replace(mark, row=row) for row, (clip, *_) in enumerate(chosen) for mark in clip.marks],
-            percent=(100 * layout.second[0] / seconds).to(self.device),
+            marks=marks,
+            percent=percent.to(self.device),
+            began=began.to(self.device),
         )
 
     def _layout(self, clip: MadeClip, ids: Sequence[int]) -> Layout:

@@ -25,7 +25,7 @@ RATES = {"llm": 1e-3, "audio": 1e-3, "vision": 5e-4, "heads": 2e-3}  # of Adam, 
 VECTOR_RATE = 0.2  # of its part's: norms and biases stand in every row's way
 CTC_WEIGHT = 0.5
 NAME_WEIGHT, NAME_TEMPERATURE = 0.5, 15.0
-CLOCK_WEIGHT, CLOCK_LAYER, CLOCK_WIDTH = 0.3, 1 / 3, 1.0  # the layer as a share of the depth; percent
+CLOCK_WEIGHT, CLOCK_LAYER, CLOCK_WIDTH = 0.3, 1 / 2, 1.0  # the layer as a share of the depth; percent
 CLOCK_PLACES = 2048  # of a batch, at which the clock is read
 MEL_MASKS = ((2, 12), (2, 25))  # (how many, the widest) of bins and of frames (10 ms), as in SpecAugment (1904.08779)
 
@@ -145,7 +145,7 @@ class Aligner(nn.Module):
         self.llm = parts.language_model(thinker)
         width = names.shape[1]
         self.ctc = CTCAlignment(width, negatives=0).to(names.device)
-        self.clock = nn.Linear(width, 100, device=names.device)
+        self.clock = nn.Linear(width, 200, device=names.device)
         self.names = names
         self.middle: list[Tensor] = []
         layer = self.llm.layers[round(CLOCK_LAYER * len(self.llm.layers))]
@@ -191,8 +191,8 @@ class Aligner(nn.Module):
         device = hidden.device
         logits = self.thinker.get_output_embeddings()(hidden[row.to(device), at.to(device)])
         losses["text"] = F.cross_entropy(logits.float(), batch.labels[row, at + 1].to(device))
-        if batch.percent is not None:
-            losses["clock"] = CLOCK_WEIGHT * self._clock(self.middle[0], batch.percent)
+        if batch.percent is not None and batch.began is not None:
+            losses["clock"] = CLOCK_WEIGHT * self._clock(self.middle[0], batch.percent, batch.began)
         self.middle = []
         return losses
 
@@ -235,14 +235,22 @@ class Aligner(nn.Module):
             losses.append(F.cross_entropy(logits, torch.tensor([mark.name for mark in own]).to(logits.device)))
         return torch.stack(losses).mean()
 
-    def _clock(self, hidden: Tensor, percent: Tensor) -> Tensor:
-        """Gives the cross-entropy of the percent of the clip that is over, told from a layer's states."""
-        places = percent.isfinite().nonzero()[:, 0]
-        chosen = places[torch.randint(len(places), (max(1, CLOCK_PLACES // len(hidden)),), device=places.device)]
-        logits = self.clock(hidden[:, chosen].float())  # [B, places, 100]
-        away = torch.arange(100, device=percent.device) + 0.5 - percent[chosen, None]
-        target = (-0.5 * (away / CLOCK_WIDTH).square()).softmax(dim=1)
-        return F.cross_entropy(logits.flatten(0, 1), target.repeat(len(hidden), 1))
+    def _clock(self, hidden: Tensor, percent: Tensor, began: Tensor) -> Tensor:
+        """Gives the cross-entropies of two percents of the clip, told from a layer's states: now, and what began when.
+
+        So an answer finds in the last token of what it is asked about both of its times.
+        """
+        rows, length, _ = hidden.shape
+        now = percent.expand(rows, length)
+        losses = []
+        for times, part in ((now, slice(0, 100)), (began, slice(100, 200))):
+            row, at = times.isfinite().nonzero(as_tuple=True)
+            chosen = torch.randint(len(row), (min(len(row), CLOCK_PLACES),), device=row.device)
+            row, at = row[chosen], at[chosen]
+            away = torch.arange(100, device=times.device) + 0.5 - times[row, at, None]
+            target = (-0.5 * (away / CLOCK_WIDTH).square()).softmax(dim=1)
+            losses.append(F.cross_entropy(self.clock(hidden[row, at].float())[:, part], target))
+        return torch.stack(losses).sum()
 
 
 def name_vectors(names: list[str], tokenizer: Any, embedding: Tensor) -> Tensor:

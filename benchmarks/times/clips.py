@@ -85,7 +85,7 @@ class Encoded(Dataset[tuple[Sample, list[Sample]]]):
     def __init__(self, processor: Any, groups: Sequence[Sequence[Record]], num_frames: int, prompt_only: bool) -> None:
         extractor = processor.feature_extractor
         longest = extractor.n_samples / extractor.sampling_rate  # a clip's last packet of sound may go beyond it
-        self.encoder = VideoEncoder(processor, num_frames=num_frames, max_seconds=longest)
+        self.encoder = VideoEncoder(processor, num_frames=num_frames, max_seconds=longest, tell_duration=True)
         self.groups = groups
         self.prompt_only = prompt_only
 
