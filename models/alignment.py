@@ -21,16 +21,14 @@ class CTCAlignment(nn.Module):
     bounded logit makes a confident token point *at* its word instead of merely nearer to it than to others, and a
     penalty keeps it as long as the words are: `(rms(x) / rms(E) - 1)^2` per token.
 
-    In place of the whole vocabulary, a step takes the words of its targets and others at random.
+    In place of the whole vocabulary, a step takes the words of its targets and `NEGATIVES` others at random.
 
     Args:
         hidden_size: D.
-        negatives: how many others.
     """
 
-    def __init__(self, hidden_size: int, negatives: int = NEGATIVES) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.negatives = negatives
         self.blank = nn.Parameter(torch.randn(hidden_size))
 
     def forward(self, stream: TokenStream, targets: list[Tensor], embedding: Tensor) -> Tensor:
@@ -42,7 +40,7 @@ class CTCAlignment(nn.Module):
                 target needs, adds nothing.
             embedding: `[vocabulary, D]`.
         """
-        others = torch.randint(len(embedding), (self.negatives,), device=embedding.device)
+        others = torch.randint(len(embedding), (NEGATIVES,), device=embedding.device)
         words = torch.unique(torch.cat([*targets, others]))  # sorted, so that a target is found by bisection
         candidates = embedding[words].float()
         x = stream.embeds.float()

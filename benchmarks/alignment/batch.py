@@ -47,7 +47,7 @@ class Batch:
         positions: `[3, L]`, of all rows.
         audio: where sound stands in every row, `[Na]`.
         waves: `[B, samples]` float32.
-        letters: speech: the token ids of what is said, of each row, letter by letter.
+        answers: speech: the token ids of what is said, of each row, without the end of the turn.
         video: clips: where pictures stand in every row, `[Nv]`.
         frames: clips: `[B, T, 3, H, W]` uint8.
         marks: clips: what is heard or seen when.
@@ -60,7 +60,7 @@ class Batch:
     positions: Tensor
     audio: Tensor
     waves: Tensor
-    letters: list[Tensor] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)
     video: Tensor | None = None
     frames: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)

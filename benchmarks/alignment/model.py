@@ -144,7 +144,7 @@ class Aligner(nn.Module):
         self.thinker, self.extractor = thinker, extractor
         self.llm = parts.language_model(thinker)
         width = names.shape[1]
-        self.ctc = CTCAlignment(width, negatives=0).to(names.device)
+        self.ctc = CTCAlignment(width).to(names.device)
         self.clock = nn.Linear(width, 200, device=names.device)
         self.names = names
         self.middle: list[Tensor] = []
@@ -209,15 +209,11 @@ class Aligner(nn.Module):
         return sound, encode_video(self.thinker, *patches(batch.frames)).unflatten(0, (rows, -1))
 
     def _ctc(self, sound: Tensor, batch: Batch) -> Tensor:
-        """Gives CTC per letter said.
-
-        Letters are far fewer than words, and every sentence has all of them: tokens learn to point at what is heard in
-        hundreds of steps where words take thousands, and how words are spelled the LLM knows (benchmarks/LOG.md).
-        """
+        """Gives CTC per token said."""
         rows, length, _ = sound.shape
         stream = TokenStream(sound.flatten(0, 1), (length,) * rows)
-        loss = self.ctc(stream, batch.letters, self.thinker.get_input_embeddings().weight)
-        return loss / max(1, sum(map(len, batch.letters)))
+        loss = self.ctc(stream, batch.answers, self.thinker.get_input_embeddings().weight)
+        return loss / sum(map(len, batch.answers))
 
     def _names(self, sound: Tensor, pictures: Tensor, marks: list[Mark]) -> Tensor:
         """Gives the cross-entropy of what is heard or seen in the time of each mark, by the cosine to its name."""

@@ -6,7 +6,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from audiopress.data import synthesis, wordnet
 from audiopress.data.collator import Encoder
 from audiopress.data.media import read_audio
 from audiopress.data.records import Record, assistant, user
-from audiopress.data.speech import INSTRUCTION, normalise, split_of
+from audiopress.data.speech import INSTRUCTION, split_of
 from audiopress.models.rewrite import IGNORE
 
 # All guesses.
@@ -109,12 +108,11 @@ def speak_all(texts: Sequence[str], seed: int) -> tuple[Sequence[str], list[np.n
 
 @dataclass(frozen=True)
 class Utterance:
-    """Where it lies among the samples, and the token ids of what is said, as it is written and letter by letter."""
+    """Where it lies among the samples, and the token ids of what is said."""
 
     start: int
     length: int
     answer: list[int]
-    letters: list[int]
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,6 @@ class SpeechBank:
 
     def __init__(self, encoder: Encoder, hours: float, device: torch.device) -> None:
         self.tokenizer, self.device = encoder.processor.tokenizer, device
-        self.letter = cache(partial(self.tokenizer.encode, add_special_tokens=False))
         self.samples = torch.zeros(round(hours * 3600 * RATE), dtype=torch.int16, device=device)
         self.used = 0
         self.recorded: list[Utterance] = []
@@ -169,23 +166,16 @@ class SpeechBank:
         kept = [(text, wave) for text, wave in zip(texts, waves, strict=True) if 0 < len(wave) <= LONGEST * RATE]
         if not kept:
             return
-        texts = [text for text, _ in kept]
-        answers = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        answers = self.tokenizer([text for text, _ in kept], add_special_tokens=False)["input_ids"]
         joined = torch.from_numpy(np.concatenate([wave for _, wave in kept]))
         if self.used + len(joined) > len(self.samples):
             raise ValueError(
                 f"there is room for {len(self.samples) / RATE / 3600:g} hours of speech, and they are full"
             )
         self.samples[self.used : self.used + len(joined)] = joined.to(self.device)
-        for (text, wave), answer in zip(kept, answers, strict=True):
-            utterance = Utterance(self.used, len(wave), answer, self._letters(text))
-            (self.recorded if recorded else self.synthetic).append(utterance)
+        for (_, wave), answer in zip(kept, answers, strict=True):
+            (self.recorded if recorded else self.synthetic).append(Utterance(self.used, len(wave), answer))
             self.used += len(wave)
-
-    def _letters(self, text: str) -> list[int]:
-        """Gives the tokens of a text's letters, each by itself, a word's first with the blank before it."""
-        letters = [letter for word in normalise(text).split() for letter in (f" {word[0]}", *word[1:])]
-        return [i for letter in letters for i in self.letter(letter)]
 
     def add_recorded(self, records: Sequence[Record], rng: random.Random) -> None:
         """Takes recorded prompts, each by itself and several in a row."""
@@ -216,7 +206,7 @@ class SpeechBank:
             torch.arange(ids.shape[1], device=self.device).expand(3, -1),
             torch.arange(first, first + count, device=self.device),
             self._waves(rows, samples),
-            [torch.tensor(one.utterance.letters, dtype=torch.long, device=self.device) for one in rows],
+            [torch.tensor(one.utterance.answer, device=self.device) for one in rows],
         )
 
     def _draw(self, rng: random.Random) -> Drawn:
