@@ -129,7 +129,7 @@ class Training:
         if device.type == "cuda":
             delta.cast_weights(thinker, torch.bfloat16)
         if compiled:
-            compile_layers(thinker)
+            compile_layers(thinker, whole=True)
         vectors = name_vectors(names(stamps), processor.tokenizer, thinker.get_input_embeddings().weight)
         self.aligner = Aligner(thinker, processor.feature_extractor, vectors).train()
         if tensors and (folder / HEADS).is_file():

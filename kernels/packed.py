@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-def upload(numbers: Tensor | Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Gives whole numbers as int64 on a device, without waiting for what it still has to do."""
-    tensor = torch.as_tensor(numbers, dtype=torch.long)
+def upload(
+    numbers: Tensor | Sequence[Any], device: torch.device | None = None, dtype: torch.dtype = torch.long
+) -> Tensor:
+    """Gives numbers, int64 unless told otherwise, on a device, without waiting for what it still has to do."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
     if device is None or device.type != "cuda" or tensor.is_cuda or torch.compiler.is_compiling():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # from other memory it would wait

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch._dynamo import config
 
 from . import parts
 
+# Of one piece of code. All kinds of layer share one in transformers, each compiled for one row and for several, for
+# inputs with and without gradients: torch's own 8 would leave some of them as they are, and say nothing.
+RECOMPILE_LIMIT = 64
 
-def compile_layers(thinker: nn.Module, **options: Any) -> None:
+
+def compile_layers(thinker: nn.Module, whole: bool = False, **options: Any) -> None:
     """Compiles parts of the model, on their first use: seconds for each kind of part, whatever their number.
 
     They are the layers of both towers (half of the vision tower's time goes to norms and rotary positions in float32,
@@ -20,18 +25,20 @@ def compile_layers(thinker: nn.Module, **options: Any) -> None:
 
     Args:
         thinker: the model.
+        whole: the LLM's layers with their attention: where there is no cache, as in training, and no padding.
         options: further ones of `torch.compile`, as `backend`.
     """
-    for part in compilable(thinker):
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    for part in compilable(thinker, whole):
         if part._compiled_call_impl is None:
             part.compile(dynamic=True, **options)
 
 
-def compilable(thinker: nn.Module) -> Iterator[nn.Module]:
+def compilable(thinker: nn.Module, whole: bool = False) -> Iterator[nn.Module]:
     """Gives the parts that `compile_layers` compiles."""
     yield from parts.audio_tower(thinker).layers
     yield from parts.vision_tower(thinker).blocks
     language_model = parts.language_model(thinker)
     for layer in language_model.layers:
-        yield from (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+        yield from (layer,) if whole else (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
     yield language_model.norm

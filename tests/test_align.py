@@ -394,7 +394,7 @@ def test_compiled_parts_learn_the_same(thinker, aligner, speech, clips):
         return losses, found
 
     want = [learn(batch) for batch in batches]
-    compile_layers(thinker, backend="aot_eager")
+    compile_layers(thinker, whole=True, backend="aot_eager")
     for batch, (losses, gradients) in zip(batches, want, strict=True):
         again, found = learn(batch)
         torch.testing.assert_close(again, losses)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from audiopress.kernels.packed import upload
 from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, audio_lengths
 from audiopress.models.rewrite import IGNORE
 
@@ -39,11 +40,11 @@ class Mark:
 
 @dataclass
 class Batch:
-    """Rows of one shape.
+    """Rows of one shape; ids, positions, sounds and frames on the model's device, and on the CPU what only losses read.
 
     Args:
         ids: `[B, L]`.
-        labels: `[B, L]`, on the CPU.
+        labels: `[B, L]`.
         positions: `[3, L]`, of all rows.
         audio: where sound stands in every row, `[Na]`.
         waves: `[B, samples]` float32.
@@ -96,7 +97,7 @@ def log_mel(waves: Tensor, extractor: WhisperFeatureExtractor) -> Tensor:
     padded = torch.nn.functional.pad(waves, (0, size))
     window = torch.hann_window(size, device=waves.device)
     power = torch.stft(padded, size, HOP, window=window, return_complex=True).abs().square()[..., :frames]
-    filters = torch.as_tensor(extractor.mel_filters, dtype=torch.float32, device=waves.device)  # [bins, mel]
+    filters = upload(extractor.mel_filters, waves.device, torch.float32)  # [bins, mel]
     log = (filters.T @ power).clamp(min=FLOOR).log10()
     return (torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8) + 4) / 4
 
@@ -107,7 +108,7 @@ def patches(frames: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         frames: `[B, T, 3, H, W]` uint8, T even, H and W multiples of 28: none is resized.
     """
-    mean, std = (torch.tensor(x, device=frames.device).view(3, 1, 1) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, std = (upload(x, frames.device, torch.float32).view(3, 1, 1) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     rows, times, _, height, width = frames.shape
     pixels = (frames.float() / 255 - mean) / std
     flat = rearrange(

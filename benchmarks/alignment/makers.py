@@ -56,7 +56,7 @@ class Makers:
             room = self.speech.has_room((len(self.tasks) + 1) * TASK_TEXTS)
             wanted = self.made < self.most
             if wanted and (not room or self.rng.random() < CLIP_TASKS):
-                seconds = self.rng.choice(DURATIONS)
+                (seconds,) = self.rng.choices(DURATIONS, [1 / d for d in DURATIONS])
                 self.tasks.add(self.pool.submit(_make, range(self.made, self.made + TASK_CLIPS), seconds))
                 self.made += TASK_CLIPS
             elif room:

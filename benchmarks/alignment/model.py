@@ -14,6 +14,7 @@ from transformers import WhisperFeatureExtractor
 
 from audiopress.benchmarks.alignment.batch import Batch, Mark, log_mel, patches
 from audiopress.compression import TokenStream
+from audiopress.kernels.packed import upload
 from audiopress.models import delta, parts
 from audiopress.models.alignment import CTCAlignment
 from audiopress.models.encoders import encode_audio, encode_video
@@ -187,10 +188,9 @@ class Aligner(nn.Module):
             embeds = embeds.index_copy(1, batch.video, pictures)
         positions = batch.positions[:, None].expand(-1, rows, -1)
         hidden = self.llm(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
-        row, at = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # on the CPU: nothing waits for the GPU
-        device = hidden.device
-        logits = self.thinker.get_output_embeddings()(hidden[row.to(device), at.to(device)])
-        losses["text"] = F.cross_entropy(logits.float(), batch.labels[row, at + 1].to(device))
+        row, at = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        logits = self.thinker.get_output_embeddings()(_at(hidden, row, at))
+        losses["text"] = F.cross_entropy(logits.float(), upload(batch.labels[row, at + 1], hidden.device))
         if batch.percent is not None and batch.began is not None:
             losses["clock"] = CLOCK_WEIGHT * self._clock(self.middle[0], batch.percent, batch.began)
         self.middle = []
@@ -226,9 +226,9 @@ class Aligner(nn.Module):
             pool = torch.zeros(len(own), rows, length)
             for i, mark in enumerate(own):
                 pool[i, mark.row, mark.start : mark.end] = 1 / (mark.end - mark.start)
-            means = pool.flatten(1).to(tokens) @ tokens.reshape(-1, width)  # [marks, D]
+            means = upload(pool.flatten(1), tokens.device, tokens.dtype) @ tokens.reshape(-1, width)  # [marks, D]
             logits = NAME_TEMPERATURE * F.normalize(means.float(), dim=1) @ F.normalize(self.names, dim=1).T
-            losses.append(F.cross_entropy(logits, torch.tensor([mark.name for mark in own]).to(logits.device)))
+            losses.append(F.cross_entropy(logits, upload([mark.name for mark in own], logits.device)))
         return torch.stack(losses).mean()
 
     def _clock(self, hidden: Tensor, percent: Tensor, began: Tensor) -> Tensor:
@@ -241,12 +241,17 @@ class Aligner(nn.Module):
         losses = []
         for times, part in ((now, slice(0, 100)), (began, slice(100, 200))):
             row, at = times.isfinite().nonzero(as_tuple=True)
-            chosen = torch.randint(len(row), (min(len(row), CLOCK_PLACES),), device=row.device)
+            chosen = torch.randint(len(row), (min(len(row), CLOCK_PLACES),))
             row, at = row[chosen], at[chosen]
-            away = torch.arange(100, device=times.device) + 0.5 - times[row, at, None]
-            target = (-0.5 * (away / CLOCK_WIDTH).square()).softmax(dim=1)
-            losses.append(F.cross_entropy(self.clock(hidden[row, at].float())[:, part], target))
+            away = torch.arange(100) + 0.5 - times[row, at, None]
+            target = upload((-0.5 * (away / CLOCK_WIDTH).square()).softmax(dim=1), hidden.device, torch.float32)
+            losses.append(F.cross_entropy(self.clock(_at(hidden, row, at).float())[:, part], target))
         return torch.stack(losses).sum()
+
+
+def _at(hidden: Tensor, row: Tensor, at: Tensor) -> Tensor:
+    """Gives the states of `[B, L, D]` at places known on the CPU, `[n, D]`."""
+    return hidden.flatten(0, 1)[upload(row * hidden.shape[1] + at, hidden.device)]
 
 
 def name_vectors(names: list[str], tokenizer: Any, embedding: Tensor) -> Tensor:

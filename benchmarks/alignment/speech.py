@@ -18,6 +18,7 @@ from audiopress.data.collator import Encoder
 from audiopress.data.media import read_audio
 from audiopress.data.records import Record, assistant, user
 from audiopress.data.speech import INSTRUCTION, split_of
+from audiopress.kernels.packed import upload
 from audiopress.models.rewrite import IGNORE
 
 # All guesses.
@@ -198,7 +199,7 @@ class SpeechBank:
         count = audio_tokens(samples)
         head = [*self.prefix, *[self.audio_id] * count, *self.suffix]
         answers = [[*one.utterance.answer, self.end] for one in rows]
-        ids = pad_rows([[*head, *answer] for answer in answers], self.end).to(self.device)
+        ids = upload(pad_rows([[*head, *answer] for answer in answers], self.end), self.device)
         first = len(self.prefix)
         return Batch(
             ids,
@@ -206,7 +207,7 @@ class SpeechBank:
             torch.arange(ids.shape[1], device=self.device).expand(3, -1),
             torch.arange(first, first + count, device=self.device),
             self._waves(rows, samples),
-            [torch.tensor(one.utterance.answer, device=self.device) for one in rows],
+            [torch.tensor(one.utterance.answer) for one in rows],
         )
 
     def _draw(self, rng: random.Random) -> Drawn:
@@ -221,7 +222,7 @@ class SpeechBank:
         """Gives what is heard, `[B, samples]` float32: speed by linear interpolation, and noise in some rows."""
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.device)[:, None]
+            return upload(values, self.device, dtype)[:, None]
 
         starts = column([one.utterance.start for one in rows], torch.long)
         lengths = column([one.utterance.length for one in rows], torch.long)
