@@ -46,7 +46,9 @@ class Makers:
         self._open()
 
     def _open(self) -> None:
-        self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _start, (self.maker,))
+        context = get_context("forkserver")  # spawned, each would import everything anew, one after the other
+        context.set_forkserver_preload([__name__])
+        self.pool = ProcessPoolExecutor(self.workers, context, _start, (self.maker,))
         self.tasks.clear()
         self._ask()
 
