@@ -158,20 +158,21 @@ class CompressedOmni(nn.Module):
 
     def add_adapter(self, r: int = 16, alpha: int = 16, dropout: float = 0.05) -> None:
         """Puts LoRA on q, k, v, o, up and down of the LLM alone (Hu et al., LoRA, 2106.09685)."""
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         self.adapter = {"r": r, "alpha": alpha, "dropout": dropout}
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=parts.LORA_TARGETS)
-        parts.language_model(self.thinker).add_adapter(config)
+        # Not by transformers' `add_adapter`, which does this too but refuses every PEFT older than the very newest.
+        inject_adapter_in_model(config, parts.language_model(self.thinker))
 
     def remove_adapter(self) -> None:
         """Takes LoRA out of the LLM again, if it is there: its modules are those from before."""
         language_model = parts.language_model(self.thinker)
         if self.adapter is not None:
-            language_model.delete_adapter("default")
             for name, module in list(language_model.named_modules()):
                 if hasattr(module, "base_layer"):
                     language_model.set_submodule(name, module.base_layer)
+            del language_model.peft_config
             self.adapter = None
 
     def add_ctc(self, weight: float) -> None:
