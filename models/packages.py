@@ -217,9 +217,10 @@ def _run(command: Sequence[str], package: Package, folder: Path, hint: str) -> N
 
 def _megabytes(folder: Path) -> float:
     size = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # moved or removed by the running command
-            size += path.stat().st_size
+    for parent, _, files in os.walk(folder):  # passes over folders that the running command removes, as rglob does not
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(parent, file)).st_size
     return round(size / 1e6, 1)
 
 
