@@ -167,7 +167,9 @@ class DataArguments:
         },
     )
     max_audio_seconds: float | None = field(default=None, metadata={"help": "Cut longer audio. Default: an error."})
-    tell_duration: bool = field(default=False, metadata={"help": "Say before the media how many seconds they last."})
+    timestamps: int = field(
+        default=0, metadata={"help": "Parts of a clip to tell apart by text between its tokens: percents. 0: none."}
+    )
     max_eval_records: int = field(default=48, metadata={"help": "Held-out records evaluated at the end."})
     strict: bool = field(default=False, metadata={"help": "An unusable record is an error instead of a counted skip."})
 
@@ -462,7 +464,7 @@ def main(argv: list[str]) -> None:
         max_length=data_args.max_length,
         tokens_left=partial(tokens_left, largest, video_compressor),
         max_seconds=data_args.max_audio_seconds,
-        tell_duration=data_args.tell_duration,
+        timestamps=data_args.timestamps,
     )
     count = len({r.id for r in (*train, *validation, *test)} | set(skips.skipped))  # also those that could not be read
     validation, test = (usable(records, encoder, skips) for records in (validation, test))

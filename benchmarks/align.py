@@ -38,6 +38,7 @@ from audiopress.benchmarks.alignment.scores import aligned, speech_scores, time_
 from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
 from audiopress.benchmarks.cells import Parser, check_device
 from audiopress.benchmarks.environment import environment, finish
+from audiopress.benchmarks.times.clips import TIMESTAMPS
 from audiopress.compression.base import check_count
 from audiopress.data import synthesis
 from audiopress.data.collator import Encoder
@@ -119,7 +120,7 @@ class Training:
         self.speech = SpeechBank(encoder, plan.hours, device)
         self.speech.add_recorded(prompts, self.rng)
         self.clips = ClipBank(TokenIds.from_config(thinker.config), processor.tokenizer.pad_token_id, device)
-        maker = ClipMaker(Encoder(processor, tell_duration=True), stamps, seed=1 + self.starts)
+        maker = ClipMaker(Encoder(processor, timestamps=TIMESTAMPS), stamps, seed=1 + self.starts)
         texts = Texts.load(prompts)
         self.makers = Makers(self.speech, self.clips, texts, maker, plan.clips, plan.workers, self.starts)
         use_packed_attention(thinker)

@@ -26,6 +26,7 @@ import torch
 from audiopress.benchmarks.cells import NONE, Cell, Parser, add_run_options, check_device, ratios_of, run_cells
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.speed.tables import markdown
+from audiopress.benchmarks.times.clips import TIMESTAMPS
 from audiopress.benchmarks.times.testbed import Recipe, TimeSettings
 from audiopress.compression import available, build
 from audiopress.compression.base import check_count
@@ -88,6 +89,9 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--split", choices=SPLITS, default="test", help="tune on validation, never on test")
     parser.add_argument("--limit", type=int, help="clips to ask about, at most")
     parser.add_argument("--num-frames", type=int, default=50, help="of each clip")
+    parser.add_argument(
+        "--timestamps", type=int, default=TIMESTAMPS, help="in each clip, which a model must have been trained with"
+    )
     parser.add_argument("--room", type=int, help="tokens of a batch of questions; less needs less memory")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode clips; 0: none")
     add_run_options(parser, Path("runs/events.jsonl"))

@@ -179,7 +179,7 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--time-format", choices=("percent", "decimal"), default="percent", help="of the questions")
     parser.add_argument("--num-frames", type=int, default=50, help="of a video")
     parser.add_argument("--max-audio-seconds", type=float, default=300.0, help="cut longer audio")
-    parser.add_argument("--tell-duration", action="store_true", help="before the media, to a model trained with that")
+    parser.add_argument("--timestamps", type=int, default=0, help="in a video, for a model that was trained with them")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer; default: 1024, LongVALE's")
     parser.add_argument("--batch-size", type=int, default=1, help="questions about one video asked together")
     parser.add_argument("--shard", default="1/1", metavar="i/n", help="every n-th video, from the i-th on")
@@ -222,7 +222,7 @@ def settle(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds answers of other settings, or the model is a damaged variant.
     """
-    encoded = ("time_format", "num_frames", "max_audio_seconds", "tell_duration")
+    encoded = ("time_format", "num_frames", "max_audio_seconds", "timestamps")
     own = ("compressor", "keep_ratio", *encoded, "max_new_tokens")
     saved = (Path(args.model) / storage.MANIFEST).is_file()
     settings = {
@@ -317,7 +317,7 @@ def main() -> None:
             processor,
             num_frames=args.num_frames,
             max_seconds=args.max_audio_seconds,
-            tell_duration=args.tell_duration,
+            timestamps=args.timestamps,
         )
         asker = Asker(model, processor, encoder, args.max_new_tokens)
         answered = args.output / ANSWERS.replace("*", f"{number}-of-{total}")

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ..models.layout import AUDIO_TOKENS_PER_SECOND, audio_lengths
 from ..models.rewrite import IGNORE
+from .longvale import format_time
 from .media import MediaError, read_audio, read_video
 from .records import Message, Record
 
@@ -40,8 +41,10 @@ class Encoder:
             question and answer are dropped from the end until it is kept.
         tokens_left: gives how many of so many audio and video tokens the LLM reads, for `max_length`.
         max_seconds: cuts longer audio. By default audio beyond the feature extractor's limit is an error.
-        tell_duration: says before the media how many seconds they last. The LLM reads from the start on: without it,
-            what share of a clip is over can be told at its end alone. For models that were trained with it.
+        timestamps: parts of a clip that are told apart by text between its tokens: how much of it is over, in percent,
+            as LongVALE's answers write it (`format_time`). From TMRoPE's positions alone that share is hard to tell, as
+            text timestamps show (Qwen3-VL, 2511.21631). 0: none, as in Qwen2.5-Omni; for models that were trained
+            with them.
     """
 
     processor: Any
@@ -51,9 +54,11 @@ class Encoder:
     max_length: int | None = None
     tokens_left: Callable[[int, int], int] = operator.add
     max_seconds: float | None = None
-    tell_duration: bool = False
+    timestamps: int = 0
 
     def __post_init__(self) -> None:
+        if self.timestamps < 0:
+            raise ValueError(f"timestamps must be at least 0, got {self.timestamps}")
         # Says that `max_tokens` is the limit; transformers warns of another one, of thousands of frames, when unset.
         self.processor.video_processor.cap_pixels_per_frame = False
 
@@ -87,9 +92,8 @@ class Encoder:
         video_tokens = self._video_tokens(sample)
         dropped = audio_tokens + video_tokens - self.tokens_left(audio_tokens, video_tokens)
         messages = list(record.messages)
-        lead = self._lead(audio_tokens, sample)
         while True:
-            ids, labels = self._tokenize(record, messages, media, prompt_only, lead)
+            ids, labels = self._tokenize(record, messages, media, prompt_only)
             needed = len(ids) - dropped
             if self.max_length is None or needed <= self.max_length:
                 break
@@ -146,26 +150,38 @@ class Encoder:
         """Gives what each media placeholder of the chat template becomes."""
         tokenizer = self.processor.tokenizer
         audio = tokenizer.convert_tokens_to_ids(self.processor.audio_token)
+        heard = np.arange(audio_tokens) / AUDIO_TOKENS_PER_SECOND
         if "video_grid_thw" not in sample:
-            return {audio: [audio] * audio_tokens}
+            return {audio: self._stamp([audio] * audio_tokens, heard, audio_tokens / AUDIO_TOKENS_PER_SECOND)}
         video = tokenizer.convert_tokens_to_ids(self.processor.video_token)
         groups = int(sample["video_grid_thw"][0, 0])
         per_group = self._video_tokens(sample) // groups
+        seconds_per_group = float(sample["video_second_per_grid"])
+        duration = groups * seconds_per_group
+        seen = np.arange(groups) * seconds_per_group
         if not audio_tokens:
-            return {video: [video] * (groups * per_group)}
+            return {video: self._stamp([video] * (groups * per_group), seen.repeat(per_group), duration)}
         bos, eos = tokenizer.convert_tokens_to_ids([self.processor.audio_bos_token, self.processor.audio_eos_token])
-        counts = interleave(audio_tokens, groups, float(sample["video_second_per_grid"]))
+        counts = interleave(audio_tokens, groups, seconds_per_group)
         inner = [token for n in counts for token in [video] * per_group + [audio] * n]
-        return {video: [bos, *inner, eos]}
+        parts = np.split(heard, np.cumsum(counts)[:-1])
+        seconds = np.concatenate([x for at, own in zip(seen, parts, strict=True) for x in (at.repeat(per_group), own)])
+        return {video: [bos, *self._stamp(inner, seconds, duration), eos]}
 
-    def _lead(self, audio_tokens: int, sample: dict[str, Any]) -> str:
-        """Gives the text before the media."""
-        if not self.tell_duration:
-            return ""
-        seconds = audio_tokens / AUDIO_TOKENS_PER_SECOND
-        if "video_grid_thw" in sample:
-            seconds = float(sample["video_second_per_grid"]) * int(sample["video_grid_thw"][0, 0])
-        return f"Duration: {round(seconds)} seconds.\n"
+    def _stamp(self, tokens: list[int], seconds: np.ndarray, duration: float) -> list[int]:
+        """Puts timestamps between the tokens of a clip, each before the first token of its time or later.
+
+        Of several that have no token between them the last one stays; after the clip's last token there is none.
+        """
+        times = duration * np.arange(1, self.timestamps) / max(self.timestamps, 1)
+        at = dict(zip(np.searchsorted(seconds, times).tolist(), times.tolist(), strict=True))
+        stamped, done = [], 0
+        for until, time in at.items():
+            if until < len(tokens):
+                text = format_time(time, duration)
+                stamped += tokens[done:until] + self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+                done = until
+        return stamped + tokens[done:]
 
     def _tokenize(
         self,
@@ -173,7 +189,6 @@ class Encoder:
         messages: Sequence[Message],
         media: dict[int, list[int]],
         prompt_only: bool,
-        lead: str = "",
     ) -> tuple[list[int], list[int]]:
         """Renders the conversation, cuts it where answers begin and end, and tokenizes each piece by itself.
 
@@ -182,8 +197,7 @@ class Encoder:
         whole text: elsewhere the cuts are at special tokens.
         """
         kind = "audio" if record.video is None else "video"
-        content = [{"type": "text", "text": lead}] if lead else []
-        content += [{"type": kind}, {"type": "text", "text": messages[0]["content"]}]
+        content = [{"type": kind}, {"type": "text", "text": messages[0]["content"]}]
         chat = [{"role": "user", "content": content}, *messages[1:]]
         text = self._render(chat, add_generation_prompt=prompt_only)
         cuts = [0]

@@ -49,8 +49,8 @@ def _attend(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
-    place = tl.program_id(1).to(tl.int64)  # offsets may be beyond 2^31
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # those with the most keys first, of all heads
+    place = tl.program_id(0).to(tl.int64)  # offsets may be beyond 2^31
     batch, head = place // heads, place % heads
     query += batch * q_batch + head * q_head
     key += batch * k_batch + head // group * k_head
@@ -88,7 +88,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, length, size = query.shape
     out = query.new_empty(batch, heads, length, size)
-    _attend[(triton.cdiv(length, ROWS), batch * heads)](
+    _attend[(batch * heads, triton.cdiv(length, ROWS))](
         query,
         key,
         value,

@@ -28,6 +28,7 @@ class Kind(IntEnum):
     AUDIO = 2
     VIDEO = 3
     IMAGE = 4
+    TIMESTAMP = 5  # text inside a clip
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Layout:
         kind: `[B, L]` int64, a `Kind`.
         clip: `[B, L]` int64, which audio clip, video or image of the batch the token belongs to; -1 for text.
         slot: `[B, L]` int64, its index inside that clip; -1 for text.
-        second: `[B, L]` float32, when it happens in its clip; NaN for text and images.
+        second: `[B, L]` float32, when it happens in its clip; NaN for text, timestamps and images.
         positions: `[3, B, L]` int64, TMRoPE's time, height and width; 1 at padding, as in transformers.
         on_host: the same on the CPU, if it is known there: reading it waits for nothing.
     """
@@ -106,7 +107,8 @@ class Layout:
 
         Positions follow transformers' `get_rope_index`: text counts up by one; a clip starts after everything before
         it; audio advances by one per token (25 per second), a video's time is its real second times 25 rounded down;
-        sound inside a video shares the video's origin.
+        sound inside a video shares the video's origin. Text inside a clip, which transformers does not know, is a
+        timestamp: it counts up from the time of the next token of the clip.
 
         Args:
             input_ids: `[B, L]`.
@@ -151,6 +153,7 @@ class Layout:
                 slot[where] = torch.cat([torch.arange(n) for n in lengths])
                 second[where] = torch.cat([c[0] for c in coordinates])
                 offset[:, where] = torch.cat([c[1] for c in coordinates], dim=1)
+        kind[_inside_clips(kind, clip)] = Kind.TIMESTAMP.value
 
         positions = torch.ones(3, *kind.shape, dtype=torch.long)
         for row in range(len(kind)):
@@ -242,7 +245,7 @@ class Layout:
             if value in (Kind.AUDIO.value, Kind.VIDEO.value):
                 end = seconds[-1] + 1 / AUDIO_TOKENS_PER_SECOND if value == Kind.AUDIO.value else seconds[-1]
                 line = f"{line:<16} clip {number}, {seconds[0]:.2f}-{end:.2f} s"
-            if kept is not None and value != Kind.TEXT.value:
+            if kept is not None and value not in (Kind.TEXT.value, Kind.TIMESTAMP.value):
                 slots = {t[2] for t in members}
                 left = sum(t[0] == value and t[1] == number and t[2] in slots for t in kept)
                 line = f"{line} -> {left}"
@@ -313,6 +316,17 @@ def _check_counts(kind: Kind, where: Tensor, lengths: list[int]) -> None:
             raise ValueError(f"sample {row} ends inside one of its {kind.name} clips: their lengths are {lengths}")
 
 
+def _inside_clips(kind: Tensor, clip: Tensor) -> Tensor:
+    """Tells which tokens are text between two tokens of one clip, `[B, L]` bool."""
+    inside = torch.zeros_like(kind, dtype=torch.bool)
+    for value in (Kind.AUDIO.value, Kind.VIDEO.value):
+        own = kind == value
+        before = clip.masked_fill(~own, -1).cummax(dim=1).values  # clips are numbered in the order of the batch
+        after = clip.masked_fill(~own, torch.iinfo(clip.dtype).max).flip(1).cummin(dim=1).values.flip(1)
+        inside |= before == after
+    return inside & (kind == Kind.TEXT.value)
+
+
 def _positions(input_ids: Tensor, kind: Tensor, clip: Tensor, offset: Tensor, ids: TokenIds) -> Tensor:
     """Gives TMRoPE positions `[3, L]` of one unpadded sample.
 
@@ -320,6 +334,7 @@ def _positions(input_ids: Tensor, kind: Tensor, clip: Tensor, offset: Tensor, id
     start tokens one position, and the two end tokens another.
     """
     total = len(input_ids)
+    offset = _with_timestamps(offset, kind)
     spans = _vision_spans(input_ids, kind, ids)
     positions = torch.empty(3, total, dtype=torch.long)
     at, following = 0, 0
@@ -336,7 +351,7 @@ def _positions(input_ids: Tensor, kind: Tensor, clip: Tensor, offset: Tensor, id
             at = end + 1
             continue
         end = at + 1
-        same = (kind[at:] == kind[at]) & (clip[at:] == clip[at])
+        same = (kind[at:] == kind[at]) & (clip[at:] == clip[at]) | (kind[at:] == Kind.TIMESTAMP.value)
         different = (~same).nonzero()
         end = at + int(different[0]) if len(different) else total
         if kind[at] == Kind.TEXT.value:
@@ -349,6 +364,16 @@ def _positions(input_ids: Tensor, kind: Tensor, clip: Tensor, offset: Tensor, id
     return positions
 
 
+def _with_timestamps(offset: Tensor, kind: Tensor) -> Tensor:
+    """Gives `[3, L]` where a timestamp's tokens count up from the time of the next token of its clip."""
+    stamp = kind == Kind.TIMESTAMP.value
+    at = torch.arange(len(kind))
+    following = at.masked_fill(stamp, len(kind)).flip(0).cummin(dim=0).values.flip(0)  # the next that is none
+    first = at.masked_fill(stamp, -1).cummax(dim=0).values + 1
+    times = offset[0, following.clamp(max=len(kind) - 1)] + at - first
+    return torch.where(stamp, times, offset)
+
+
 def _vision_spans(input_ids: Tensor, kind: Tensor, ids: TokenIds) -> dict[int, int]:
     """Gives start -> end of every `<vision_bos><audio_bos> ... <audio_eos><vision_eos>`, both ends inclusive."""
     starts = (input_ids == ids.vision_start).nonzero().flatten().tolist()
@@ -359,6 +384,6 @@ def _vision_spans(input_ids: Tensor, kind: Tensor, ids: TokenIds) -> dict[int, i
         if end is None or end - start < 4 or input_ids[start + 1] != ids.audio_start:
             continue
         inner = set(kind[start + 2 : end - 1].tolist())
-        if inner <= {Kind.AUDIO.value, Kind.VIDEO.value} and inner:
+        if inner <= {Kind.AUDIO.value, Kind.VIDEO.value, Kind.TIMESTAMP.value} and inner:
             spans[start] = end
     return spans

@@ -63,7 +63,7 @@ def encoder(processor):
 
 @pytest.fixture
 def maker(encoder, stamps):  # noqa: F811
-    return ClipMaker(replace(encoder, tell_duration=True), stamps, seed=3)
+    return ClipMaker(replace(encoder, timestamps=8), stamps, seed=3)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from audiopress import CompressedOmni, build
 from audiopress.data.collator import Encoder, OmniCollator, RecordDataset, interleave
 from audiopress.data.media import MediaError, read_audio
 from audiopress.data.records import Record, assistant, user
-from audiopress.models.layout import Kind
+from audiopress.models.context import question_mask
+from audiopress.models.layout import Kind, Layout, TokenIds, audio_lengths
 from audiopress.models.omni import tokens_left
 from audiopress.models.omni_small import build_omni_small, omni_small_folder
 from audiopress.models.packages import FetchError
@@ -60,6 +61,19 @@ def write_clip(path, frames, fps, sound=None, size=(128, 72)):
         if track is not None:
             encode_audio(container, track, tone(sound, 16_000))
     return path
+
+
+def layout_of(processor, batch):
+    """Gives the layout of a batch as a model with the processor's ids reads it."""
+    frames = batch.get("feature_attention_mask")
+    return Layout.build(
+        batch["input_ids"],
+        batch["attention_mask"],
+        TokenIds.from_config(tiny_thinker(processor).config),
+        audio_lengths=[] if frames is None else audio_lengths(frames.sum(1)),
+        video_grid_thw=batch.get("video_grid_thw"),
+        video_seconds=batch.get("video_seconds"),
+    )
 
 
 def dialogue(*texts, name="r", **media):
@@ -154,15 +168,52 @@ def test_audio_equals_the_processor_s_own(processor, tmp_path, seconds):
     torch.testing.assert_close(ours["input_features"], theirs["input_features"][:, :, :frames], rtol=0, atol=1e-5)
 
 
-def test_the_duration_is_told_before_the_media(processor, clips, wav):
-    plain, told = Encoder(processor, num_frames=4), Encoder(processor, num_frames=4, tell_duration=True)
-    for media, seconds in (({"audio": wav}, 1), ({"audio": clips[4], "video": clips[4]}, 4)):
+def told_at(layout, processor, ids):
+    """Gives the text of every timestamp, with the kind and second of the token it stands before."""
+    found, text = [], []
+    for i, kind in enumerate(layout.kind[0].tolist()):
+        if kind == Kind.TIMESTAMP:
+            text.append(int(ids[i]))
+        elif text:
+            found.append((processor.tokenizer.decode(text), Kind(kind), float(layout.second[0, i])))
+            text = []
+    return found
+
+
+def test_timestamps_stand_before_the_first_token_of_their_time(processor, clips, wav):
+    plain, stamped = Encoder(processor, num_frames=4), Encoder(processor, num_frames=4, timestamps=5)
+    for media, duration in (({"audio": wav}, 1.0), ({"audio": clips[4], "video": clips[4]}, 4.0)):
         record = dialogue("When?", "Now.", **media)
-        ids, more = (encoder(record)["input_ids"].tolist() for encoder in (plain, told))
-        lead = processor.tokenizer(f"Duration: {seconds} seconds.\n", add_special_tokens=False)["input_ids"]
-        start = next(i for i, (a, b) in enumerate(zip(ids, more, strict=False)) if a != b)
-        assert more == [*ids[:start], *lead, *ids[start:]]
-        assert processor.tokenizer.decode(ids[:start]).endswith("<|im_start|>user\n")
+        before, after = (OmniCollator(0)([encoder(record)]) for encoder in (plain, stamped))
+        layout, other = (layout_of(processor, batch) for batch in (after, before))
+        stamps = layout.kind[0] == Kind.TIMESTAMP
+        assert after["input_ids"][0, ~stamps].tolist() == before["input_ids"][0].tolist()
+        assert torch.equal(layout.second[0, ~stamps].nan_to_num(-1), other.second[0].nan_to_num(-1))
+        assert torch.equal(layout.positions[:, 0, ~stamps], other.positions[:, 0])
+        ids = TokenIds.from_config(tiny_thinker(processor).config)
+        asked, also = (
+            question_mask(batch["input_ids"], own, batch["labels"], ids, ())[0]
+            for batch, own in ((after, layout), (before, other))
+        )
+        assert torch.equal(asked[~stamps], also)
+        assert not asked[stamps].any()  # they are no part of the question
+        found = told_at(layout, processor, after["input_ids"][0])
+        assert [text for text, *_ in found] == ["20", "40", "60", "80"]
+        for text, kind, second in found:
+            if kind == Kind.AUDIO:  # a pair of frames stands before the sound of its part of the clip
+                assert second == pytest.approx(int(text) / 100 * duration, abs=1 / 25)
+
+
+def test_of_timestamps_with_nothing_between_them_the_last_one_stays(processor, clips):
+    record = dialogue("When?", "Now.", video=clips[4])
+    batch = OmniCollator(0)([Encoder(processor, num_frames=4, timestamps=10)(record)])
+    found = told_at(layout_of(processor, batch), processor, batch["input_ids"][0])
+    assert [text for text, *_ in found] == ["50"]  # two pairs of frames
+
+
+def test_a_number_of_timestamps_below_zero_is_refused(processor):
+    with pytest.raises(ValueError, match="timestamps must be at least 0, got -1"):
+        Encoder(processor, timestamps=-1)
 
 
 def test_rounds_are_dropped_from_the_end(tiny, wav):

@@ -15,7 +15,7 @@ import audiopress
 from audiopress.benchmarks import events
 from audiopress.benchmarks.longvale import VideoEncoder
 from audiopress.benchmarks.times import testbed as testbed_module
-from audiopress.benchmarks.times.clips import Encoded, KeptClips, load_clips
+from audiopress.benchmarks.times.clips import TIMESTAMPS, Encoded, KeptClips, load_clips
 from audiopress.benchmarks.times.scores import Question, number, scores, things
 from audiopress.benchmarks.times.testbed import Recipe, TimeSettings, TimeTestbed
 from audiopress.data.collator import OmniCollator
@@ -141,10 +141,10 @@ def test_towers_that_ran_before_change_nothing(data_set, processor, method):  # 
     if method == "atome:encoder":
         options["layers"] = (1,)  # the tower has two
     model = CompressedOmni(thinker, build_for(thinker, method, **options)).eval()
-    encoder = VideoEncoder(processor, num_frames=FRAMES, tell_duration=True)
+    encoder = VideoEncoder(processor, num_frames=FRAMES, timestamps=6)
     collate = OmniCollator(0, "left")
     whole, _ = model.encode(**without_ids(collate([encoder(record, True) for record in records])))
-    kept = KeptClips(thinker, Encoded(processor, [records], FRAMES, True), 0, "clips")
+    kept = KeptClips(thinker, Encoded(processor, [records], FRAMES, 6, True), 0, "clips")
     batch = collate(kept.samples(model.compressor)[0])
     assert batch["pixel_values_videos"].shape[0] == batch["input_features"].shape[1] == 0
     again, _ = model.encode(**without_ids(batch))
@@ -155,7 +155,7 @@ def test_towers_that_ran_before_change_nothing(data_set, processor, method):  # 
 def test_worker_processes_decode_the_same(data_set, processor):  # noqa: F811
     groups = [[q.record for q in clip.questions[:2]] for clip in load_clips(data_set, "test")]
     thinker = tiny_thinker(processor)
-    here, there = (KeptClips(thinker, Encoded(processor, groups, FRAMES, True), n, "clips") for n in (0, 1))
+    here, there = (KeptClips(thinker, Encoded(processor, groups, FRAMES, 6, True), n, "clips") for n in (0, 1))
     for one, other in zip(here.clips[0], there.clips[0], strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -173,7 +173,8 @@ def test_answers_are_those_of_the_ordinary_path(testbed, processor):
     row = testbed(CELL | {"method": "uniform-stride", "keep_ratio": 0.25})
     thinker = testbed.model.thinker
     model = CompressedOmni(thinker, build_for(thinker, "uniform-stride", keep_ratio=0.25)).eval()
-    encoder, collate = VideoEncoder(processor, num_frames=FRAMES, tell_duration=True), OmniCollator(0, "left")
+    encoder = VideoEncoder(processor, num_frames=FRAMES, timestamps=TIMESTAMPS)
+    collate = OmniCollator(0, "left")
     for task, (_, answer) in row["examples"].items():
         asked = next(q for q in testbed.questions if q.kind.task == task)
         inputs = without_ids(collate([encoder(asked.record, True)]))

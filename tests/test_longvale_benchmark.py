@@ -390,8 +390,8 @@ def test_answers_of_other_settings_are_not_mixed(run, capsys, tmp_path):
         run("--tasks", "grounding", "--num-frames", 2)
     assert "holds answers of other settings (num_frames 4 != 2): change --output" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run("--tasks", "grounding", "--tell-duration")
-    assert "(tell_duration False != True)" in capsys.readouterr().err
+        run("--tasks", "grounding", "--timestamps", "4")
+    assert "(timestamps 0 != 4)" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "out")) == 6
 
 

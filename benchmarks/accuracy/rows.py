@@ -20,7 +20,7 @@ SPEECH, TIME = "speech", "time"  # testbeds
 # what else tells cells on them apart.
 CLIPS = {
     SPEECH: ("languages", "splits", "joined", "limit"),
-    TIME: ("data", "split", "limit", "clips", "num_frames", "steps", "recipe", "train_clips"),
+    TIME: ("data", "split", "limit", "clips", "num_frames", "timestamps", "steps", "recipe", "train_clips"),
 }
 CELL = ("model", "weights", "method", "keep_ratio", "positions", "steps", "elastic")
 TRAINING = ("train_batch", "train_rate")

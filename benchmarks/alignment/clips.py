@@ -84,8 +84,7 @@ class ClipMaker:
         }
         media = self.encoder._media_ids(audio_tokens(len(sound)), sample)
         asked = [_record(replace(clip, seed=clip.seed + i)) for i in range(DIALOGUES)]
-        lead = self.encoder._lead(audio_tokens(len(sound)), sample)
-        made = [self.encoder._tokenize(record, record.messages, media, False, lead) for record in asked]
+        made = [self.encoder._tokenize(record, record.messages, media, False) for record in asked]
         return MadeClip(
             clip.duration,
             (sound * (2**15 - 1)).round().astype(np.int16),

@@ -190,7 +190,7 @@ def _events(row: Row) -> list[str]:
     words = ["benchmarks/events.py", "runs/timeline", *_option(row, "model")]
     if not row.get("weights"):  # a saved variant has its own method
         words += _option(row, "method", "methods")
-    names = ("positions", "steps", "split", "limit", "num_frames")
+    names = ("positions", "steps", "split", "limit", "num_frames", "timestamps")
     words += [*_option(row, "keep_ratio", "keep-ratios"), *(word for name in names for word in _option(row, name))]
     words += _option(row, "seed", "seeds")
     for name in (row.get("recipe") or {}) if row.get("steps") else ():

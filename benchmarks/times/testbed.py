@@ -18,7 +18,7 @@ from torch import Tensor
 import audiopress
 from audiopress.benchmarks.cells import Cell
 from audiopress.benchmarks.scoring import to_device
-from audiopress.benchmarks.times.clips import Clip, Encoded, KeptClips, Sample, load_clips
+from audiopress.benchmarks.times.clips import TIMESTAMPS, Clip, Encoded, KeptClips, Sample, load_clips
 from audiopress.benchmarks.times.scores import scores
 from audiopress.compression import Compressor
 from audiopress.compression.base import TOKENS_PER_SECOND, check_choice, check_count, check_number
@@ -75,6 +75,7 @@ class TimeTestbed:
         dialogues: to train on.
         recipe: of training.
         num_frames: of a video.
+        timestamps: in a video; see `Encoder`.
         room: tokens of a batch of questions.
         workers: processes that decode clips; 0: this one.
     """
@@ -88,6 +89,7 @@ class TimeTestbed:
         recipe: Recipe | None = None,
         *,
         num_frames: int = 50,
+        timestamps: int = TIMESTAMPS,
         room: int | None = None,
         workers: int = 0,
     ) -> None:
@@ -99,7 +101,8 @@ class TimeTestbed:
         self.room = room or ROOM[model.device.type]
 
         def kept(name: str, groups: Sequence[Sequence[Record]], prompt_only: bool) -> KeptClips:
-            return KeptClips(model.thinker, Encoded(processor, groups, num_frames, prompt_only), workers, name)
+            encoded = Encoded(processor, groups, num_frames, timestamps, prompt_only)
+            return KeptClips(model.thinker, encoded, workers, name)
 
         self.asked = kept("clips", [[q.record for q in clip.questions] for clip in clips], True)
         self.learnt = cache(lambda: kept("clips to train on", [[record] for record in dialogues], False))
@@ -264,6 +267,7 @@ class TimeSettings:
         split: of the clips; tune on validation, never on test.
         limit: at most so many clips, the first ones.
         num_frames: of a video.
+        timestamps: in a video, which a model must have been trained with; see `Encoder`.
         room: tokens of a batch of questions; less needs less memory. Default: what `ROOM` says of the device.
         recipe: of training.
     """
@@ -274,6 +278,7 @@ class TimeSettings:
     split: Split = "test"
     limit: int | None = None
     num_frames: int = 50
+    timestamps: int = TIMESTAMPS
     room: int | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -282,6 +287,7 @@ class TimeSettings:
         for name in ("limit", "num_frames", "room"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_count("timestamps", self.timestamps, least=0)
 
     def common(self) -> dict[str, Any]:
         """Gives what all cells have in common: the model, with what is saved of it, and the clips.
@@ -295,7 +301,7 @@ class TimeSettings:
                 raise ValueError(f"{path} is missing; python benchmarks/timeline.py {self.data} makes clips")
         clips = len(json.loads(annotations.read_text()))
         weights = storage.read_manifest(self.model)["sha256"] if self.saved else None
-        names = ("split", "limit", "num_frames")
+        names = ("split", "limit", "num_frames", "timestamps")
         return {
             "testbed": "time",
             "model": self.model,
@@ -332,5 +338,5 @@ class TimeSettings:
         clips = load_clips(folder, self.split, self.limit)
         dialogues = load_dialogues(self.train, video_dir=folder / "videos") if self.train.is_file() else []
         model, processor = audiopress.load(self.model, base=self.base, device=device)
-        sizes = {"num_frames": self.num_frames, "room": self.room}
+        sizes = {"num_frames": self.num_frames, "timestamps": self.timestamps, "room": self.room}
         return TimeTestbed(model, processor, clips, dialogues, self.recipe, workers=workers, **sizes)
