@@ -60,7 +60,7 @@ BASE = "omni-small:unaligned"
 # All guesses.
 TOWERS_ONLY = 0.1  # of the whole training
 WARM_UP = 15.0  # seconds until the rates are at their peak, after every start
-SHORT_CLIPS = (0.6, 80.0)  # so long into the training no clip is longer than so many seconds
+SHORT_CLIPS = (0.4, 80.0)  # so long into the training no clip is longer than so many seconds
 CLIP_SHARE = 0.5  # of the steps, once there are clips
 LOG_SECONDS, SAVE_SECONDS = 10.0, 60.0
 

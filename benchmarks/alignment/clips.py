@@ -26,6 +26,7 @@ AAC_FRAME = 1024  # samples: the sound of an mp4 is as long as a whole number of
 # Seconds of a clip: one duration for all clips of a batch. The testbed's clips last 30 to 300: all of these, so that
 # none has to be guessed from others, and shorter ones more often, as ever longer ones differ ever less.
 DURATIONS = range(26, 301)
+SPARE = 64  # tokens by which a layout is longer than it must be now; a guess
 DIALOGUES = 4  # of each clip: it is asked about in other words when it comes again; a guess
 
 
@@ -143,6 +144,7 @@ class ClipBank:
         self.token_ids, self.pad, self.device = token_ids, pad, device
         self.clips: dict[int, list[tuple[MadeClip, torch.Tensor, torch.Tensor]]] = {}
         self.count = 0
+        self.layouts: dict[int, Layout] = {}  # by duration
 
     def add(self, clip: MadeClip) -> None:
         """Takes a clip."""
@@ -166,9 +168,10 @@ class ClipBank:
         asked = [rng.randrange(len(clip.ids)) for clip, *_ in chosen]
         ids = [clip.ids[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
         labels = [clip.labels[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
-        layout = self._layout(chosen[0][0], max(ids, key=len))
+        length = max(map(len, ids))
+        layout = self._layout(chosen[0][0], length)
         audio, video = ((layout.kind[0] == kind.value).nonzero()[:, 0] for kind in (Kind.AUDIO, Kind.VIDEO))
-        percent = 100 * layout.second[0] / seconds
+        percent = 100 * layout.second[0, :length] / seconds
         marks = [replace(mark, row=row) for row, (clip, *_) in enumerate(chosen) for mark in clip.marks]
         began = torch.full((rows, len(percent)), torch.nan)
         per_group = 2 * len(video) // len(chosen[0][0].shown)
@@ -179,7 +182,7 @@ class ClipBank:
         return Batch(
             upload(pad_rows(ids, self.pad), self.device),
             labels_of(labels),
-            upload(layout.positions[:, 0], self.device),
+            upload(layout.positions[:, 0, :length], self.device),
             upload(audio, self.device),
             torch.stack([wave for _, wave, _ in chosen]).float() / 2**15,
             video=upload(video, self.device),
@@ -189,14 +192,21 @@ class ClipBank:
             began=began,
         )
 
-    def _layout(self, clip: MadeClip, ids: Sequence[int]) -> Layout:
-        """Reads the layout off the longest dialogue; that of the others is its beginning."""
-        row = torch.tensor([ids])
-        return Layout.build(
-            row,
-            torch.ones_like(row),
-            self.token_ids,
-            audio_lengths=[audio_tokens(len(clip.wave))],
-            video_grid_thw=torch.tensor([[len(clip.shown) // 2, SIZE // 14, SIZE // 14]]),
-            video_seconds=torch.from_numpy(clip.times[::2]).float(),
-        )
+    def _layout(self, clip: MadeClip, length: int) -> Layout:
+        """Gives the layout of a dialogue of so many tokens or more; that of shorter ones is its beginning.
+
+        All clips of one duration have the same media, and text goes on after them in one way.
+        """
+        layout = self.layouts.get(clip.seconds)
+        if layout is None or layout.kind.shape[1] < length:
+            ids = clip.ids[0]
+            row = torch.tensor([[*ids, *[self.pad] * (length + SPARE - len(ids))]])
+            layout = self.layouts[clip.seconds] = Layout.build(
+                row,
+                torch.ones_like(row),
+                self.token_ids,
+                audio_lengths=[audio_tokens(len(clip.wave))],
+                video_grid_thw=torch.tensor([[len(clip.shown) // 2, SIZE // 14, SIZE // 14]]),
+                video_seconds=torch.from_numpy(clip.times[::2]).float(),
+            )
+        return layout
