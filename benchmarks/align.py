@@ -8,7 +8,7 @@ python benchmarks/align.py --publish                # puts it, with its model ca
 Trained are a low-rank sum on every matrix of the LLM and of Whisper's encoder, the projection between them and the
 vision tower (`models/delta.py`), first the towers alone, then all. Speech is the train split of the recorded English
 prompts and synthetic voices reading WordNet; clips are the time testbed's. Both are made while the GPU trains, by
-other processes. Weights are written every minute, so that it may be stopped at any moment; progress is printed and
+other processes. Weights are written every few minutes, so that it may be stopped at any moment; progress is printed and
 added to `log.jsonl`, scores on the test splits to `scores.jsonl`.
 """
 
@@ -62,7 +62,7 @@ TOWERS_ONLY = 0.1  # of the whole training
 WARM_UP = 15.0  # seconds until the rates are at their peak, after every start
 SHORT_CLIPS = (0.4, 80.0)  # so long into the training no clip is longer than so many seconds
 CLIP_SHARE = 0.5  # of the steps, once there are clips
-LOG_SECONDS, SAVE_SECONDS = 10.0, 60.0
+LOG_SECONDS, SAVE_SECONDS = 10.0, 150.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,9 @@ class Training:
             self.changes.load(tensors)
         if device.type == "cuda":
             delta.cast_weights(thinker, torch.bfloat16)
+            # Threads would wait for each other between the makers' processes; cuDNN's attention plans every shape anew.
+            torch.set_num_threads(1)
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if compiled:
             compile_layers(thinker, whole=True)
         vectors = name_vectors(names(stamps), processor.tokenizer, thinker.get_input_embeddings().weight)
@@ -236,7 +239,7 @@ def parser() -> Parser:
     made.add_argument("--tokens", type=int, default=12_000, help="of a batch")
     made.add_argument("--hours", type=float, default=60.0, help="of speech, at most; an hour takes 115 MB of the GPU")
     made.add_argument("--clips", type=int, default=6000, help="to train on, at most; one takes about 5 MB of the GPU")
-    made.add_argument("--workers", type=int, default=12, help="processes that make speech and clips")
+    made.add_argument("--workers", type=int, default=8, help="processes that make speech and clips")
     made.add_argument("--steps", type=int, default=None, help="stop after so many, even before the minutes are over")
     made.add_argument("--compile", action="store_true", help="compile what is slow without: half a minute, once")
     made.add_argument("--test-prompts", type=int, default=None, help="transcribed of each split, at most; 0 for none")

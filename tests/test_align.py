@@ -106,11 +106,11 @@ def test_sounds_and_frames_become_what_the_encoder_reads(encoder, maker, stamps,
     assert made.ids[0] == sample["input_ids"].tolist()
     assert made.labels[0] == sample["labels"].tolist()
     assert torch.equal(torch.from_numpy(made.times[::2]).float(), sample["video_seconds"])
-    wave = torch.from_numpy(made.wave)[None].float() / 2**15
+    wave = made.wave[None].float() / 2**15
     mel = log_mel(wave, encoder.processor.feature_extractor)[0]
     assert mel.shape == sample["input_features"].shape
     assert (mel - sample["input_features"]).abs().mean() < 0.05  # what the codec loses
-    frames = torch.from_numpy(made.pictures[made.shown])[None]
+    frames = made.pictures[made.shown][None]
     pixels, grid = patches(frames)
     assert torch.equal(grid, sample["video_grid_thw"])
     assert (pixels - sample["pixel_values_videos"]).abs().mean() < 0.05
@@ -155,7 +155,7 @@ def test_the_loss_of_clips_is_that_of_the_ordinary_path(aligner, thinker, clips)
     assert len(batch.ids) == 2
     pixels, grid = patches(batch.frames)
     mel = log_mel(batch.waves, aligner.extractor)
-    seconds = torch.from_numpy(clips.clips[24][0][0].times[::2]).float()
+    seconds = torch.from_numpy(clips.clips[24][0].times[::2]).float()
     mask = torch.ones_like(batch.ids)
     for row, labels in enumerate(batch.labels):  # what was appended to the shorter dialogue
         mask[row, int((labels != IGNORE).nonzero()[-1]) + 2 :] = 0
@@ -178,7 +178,7 @@ def test_the_loss_of_clips_is_that_of_the_ordinary_path(aligner, thinker, clips)
 
 def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811
     batch = clips.batch(random.Random(0), 10**6)
-    (first, *_), *_ = clips.clips[24]
+    first, *_ = clips.clips[24]
     assert {mark.row for mark in batch.marks} == {0, 1}
     assert {mark.heard for mark in batch.marks} == {True, False}
     assert all(0 <= m.start < m.end <= (len(batch.audio) if m.heard else 12) for m in batch.marks)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from audiopress.benchmarks.alignment.batch import Batch, Mark, audio_tokens, labels_of, pad_rows
 from audiopress.data.collator import Encoder
@@ -36,7 +37,7 @@ class MadeClip:
 
     Args:
         seconds: its duration.
-        wave: `[samples]` int16.
+        wave: `[samples]` int16; a tensor, as `Spoken.samples`.
         pictures: `[K, 3, H, W]` uint8.
         shown: which of them each sampled frame is, `[T]`.
         times: of each sampled frame, in seconds, `[T]`.
@@ -46,8 +47,8 @@ class MadeClip:
     """
 
     seconds: int
-    wave: np.ndarray
-    pictures: np.ndarray
+    wave: Tensor
+    pictures: Tensor
     shown: np.ndarray
     times: np.ndarray
     ids: list[list[int]]
@@ -88,8 +89,8 @@ class ClipMaker:
         made = [self.encoder._tokenize(record, record.messages, media, False) for record in asked]
         return MadeClip(
             clip.duration,
-            (sound * (2**15 - 1)).round().astype(np.int16),
-            np.ascontiguousarray(np.stack(pictures(clip, rng, SIZE)).transpose(0, 3, 1, 2)),
+            torch.from_numpy((sound * (2**15 - 1)).round().astype(np.int16)),
+            torch.from_numpy(np.stack(pictures(clip, rng, SIZE)).transpose(0, 3, 1, 2)).contiguous(),
             schedule(clip, FPS)[chosen],
             times,
             [ids for ids, _ in made],
@@ -142,14 +143,14 @@ class ClipBank:
 
     def __init__(self, token_ids: TokenIds, pad: int, device: torch.device) -> None:
         self.token_ids, self.pad, self.device = token_ids, pad, device
-        self.clips: dict[int, list[tuple[MadeClip, torch.Tensor, torch.Tensor]]] = {}
+        self.clips: dict[int, list[MadeClip]] = {}
         self.count = 0
         self.layouts: dict[int, Layout] = {}  # by duration
 
     def add(self, clip: MadeClip) -> None:
         """Takes a clip."""
-        wave, shown = (torch.from_numpy(x).to(self.device) for x in (clip.wave, clip.pictures))
-        self.clips.setdefault(clip.seconds, []).append((clip, wave, shown))
+        media = {"wave": clip.wave.to(self.device), "pictures": clip.pictures.to(self.device)}
+        self.clips.setdefault(clip.seconds, []).append(replace(clip, **media))
         self.count += 1
 
     def batch(self, rng: random.Random, tokens: int, longest: float = float("inf")) -> Batch:
@@ -163,18 +164,18 @@ class ClipBank:
         durations = sorted(self.clips)
         seconds = rng.choice([d for d in durations if d <= longest] or durations[:1])
         there = self.clips[seconds]
-        rows = min(len(there), max(1, tokens // max(map(len, there[0][0].ids))))
+        rows = min(len(there), max(1, tokens // max(map(len, there[0].ids))))
         chosen = rng.sample(there, rows)
-        asked = [rng.randrange(len(clip.ids)) for clip, *_ in chosen]
-        ids = [clip.ids[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
-        labels = [clip.labels[i] for (clip, *_), i in zip(chosen, asked, strict=True)]
+        asked = [rng.randrange(len(clip.ids)) for clip in chosen]
+        ids = [clip.ids[i] for clip, i in zip(chosen, asked, strict=True)]
+        labels = [clip.labels[i] for clip, i in zip(chosen, asked, strict=True)]
         length = max(map(len, ids))
-        layout = self._layout(chosen[0][0], length)
+        layout = self._layout(chosen[0], length)
         audio, video = ((layout.kind[0] == kind.value).nonzero()[:, 0] for kind in (Kind.AUDIO, Kind.VIDEO))
         percent = 100 * layout.second[0, :length] / seconds
-        marks = [replace(mark, row=row) for row, (clip, *_) in enumerate(chosen) for mark in clip.marks]
+        marks = [replace(mark, row=row) for row, clip in enumerate(chosen) for mark in clip.marks]
         began = torch.full((rows, len(percent)), torch.nan)
-        per_group = 2 * len(video) // len(chosen[0][0].shown)
+        per_group = 2 * len(video) // len(chosen[0].shown)
         for mark in marks:
             start, end = (mark.start, mark.end) if mark.heard else (mark.start * per_group, mark.end * per_group)
             places = (audio if mark.heard else video)[start:end]
@@ -184,9 +185,9 @@ class ClipBank:
             labels_of(labels),
             upload(layout.positions[:, 0, :length], self.device),
             upload(audio, self.device),
-            torch.stack([wave for _, wave, _ in chosen]).float() / 2**15,
+            torch.stack([clip.wave for clip in chosen]).float() / 2**15,
             video=upload(video, self.device),
-            frames=torch.stack([shown[upload(clip.shown, self.device)] for clip, _, shown in chosen]),
+            frames=torch.stack([clip.pictures[upload(clip.shown, self.device)] for clip in chosen]),
             marks=marks,
             percent=percent,
             began=began,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 
 from audiopress.benchmarks.alignment.clips import DURATIONS, ClipBank, ClipMaker, MadeClip
-from audiopress.benchmarks.alignment.speech import SpeechBank, Texts, speak_all
+from audiopress.benchmarks.alignment.speech import SpeechBank, Spoken, Texts, speak_all
 
 log = logging.getLogger(__name__)
 
 # All guesses.
-START = (2000, 100)  # training begins when there are so many utterances and clips, or all that there will be
+START = (1000, 50)  # training begins when there are so many utterances and clips, or all that there will be
 CLIP_TASKS = 0.5  # of the processes' tasks
 TASK_TEXTS, TASK_CLIPS = 64, 4  # of one task: about two seconds
 RESTARTS = 3  # of all processes, after one has died: the voices are C libraries
@@ -43,6 +44,8 @@ class Makers:
         self.most, self.workers, self.rng = most, workers, random.Random(seed)
         self.made, self.restarts = 0, RESTARTS
         self.tasks: set[Future[Any]] = set()
+        # What arrives is copied beside the training: in its own stream a copy would wait for the steps before it.
+        self.stream = torch.cuda.Stream() if speech.device.type == "cuda" else None
         self._open()
 
     def _open(self) -> None:
@@ -74,8 +77,11 @@ class Makers:
         """
         done, self.tasks = wait(self.tasks, timeout, FIRST_COMPLETED)
         try:
-            for task in done:
-                self._take(task.result())
+            with torch.cuda.stream(self.stream):
+                for task in done:
+                    self._take(task.result())
+            if self.stream is not None and done:
+                torch.cuda.current_stream().wait_stream(self.stream)
             self._ask()
         except BrokenProcessPool:
             if not self.restarts:
@@ -86,11 +92,11 @@ class Makers:
             self._open()
 
     def _take(self, found: Any) -> None:
-        if isinstance(found, list):
+        if isinstance(found, Spoken):
+            self.speech.add(found)
+        else:
             for clip in found:
                 self.clips.add(clip)
-        else:
-            self.speech.add(*found)
 
     def wait(self) -> None:
         """Waits until there is enough to begin with."""
@@ -107,6 +113,7 @@ _maker: list[ClipMaker] = []  # of a process
 
 
 def _start(maker: ClipMaker) -> None:
+    os.nice(10)  # the training goes first
     torch.set_num_threads(1)
     _maker[:] = [maker]
 

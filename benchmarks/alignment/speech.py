@@ -101,10 +101,32 @@ def _number(rng: random.Random) -> str:
     return " ".join([*words, units[rest]] if rest or not words else words)
 
 
-def speak_all(texts: Sequence[str], seed: int) -> tuple[Sequence[str], list[np.ndarray]]:
+@dataclass(frozen=True)
+class Spoken:
+    """Texts and their sounds, one after another.
+
+    Args:
+        texts: what is said.
+        lengths: in samples, of each.
+        samples: of all, int16; a tensor, because those go from process to process without being copied.
+    """
+
+    texts: Sequence[str]
+    lengths: Sequence[int]
+    samples: Tensor
+
+    @classmethod
+    def join(cls, texts: Sequence[str], waves: Sequence[np.ndarray]) -> Spoken:
+        """Takes int16 samples; the empty ones and those over `LONGEST` are left out."""
+        kept = [i for i, wave in enumerate(waves) if 0 < len(wave) <= LONGEST * RATE]
+        samples = np.concatenate([np.empty(0, np.int16), *(waves[i] for i in kept)])
+        return cls([texts[i] for i in kept], [len(waves[i]) for i in kept], torch.from_numpy(samples))
+
+
+def speak_all(texts: Sequence[str], seed: int) -> Spoken:
     """Speaks each text in a voice of its own; for a process beside the training."""
     rng = random.Random(seed)
-    return texts, [synthesis.speak(text, synthesis.draw_voice(rng)) for text in texts]
+    return Spoken.join(texts, [synthesis.speak(text, synthesis.draw_voice(rng)) for text in texts])
 
 
 @dataclass(frozen=True)
@@ -162,30 +184,28 @@ class SpeechBank:
         """Tells whether so many more fit in, however long they are."""
         return self.used + utterances * LONGEST * RATE <= len(self.samples)
 
-    def add(self, texts: Sequence[str], waves: Sequence[np.ndarray], recorded: bool = False) -> None:
-        """Takes utterances, int16 samples each; the empty ones and those over `LONGEST` are left out."""
-        kept = [(text, wave) for text, wave in zip(texts, waves, strict=True) if 0 < len(wave) <= LONGEST * RATE]
-        if not kept:
+    def add(self, spoken: Spoken, recorded: bool = False) -> None:
+        """Takes utterances."""
+        if not spoken.texts:
             return
-        answers = self.tokenizer([text for text, _ in kept], add_special_tokens=False)["input_ids"]
-        joined = torch.from_numpy(np.concatenate([wave for _, wave in kept]))
-        if self.used + len(joined) > len(self.samples):
+        answers = self.tokenizer(list(spoken.texts), add_special_tokens=False)["input_ids"]
+        end = self.used + len(spoken.samples)
+        if end > len(self.samples):
             raise ValueError(
                 f"there is room for {len(self.samples) / RATE / 3600:g} hours of speech, and they are full"
             )
-        self.samples[self.used : self.used + len(joined)] = joined.to(self.device)
-        for (_, wave), answer in zip(kept, answers, strict=True):
-            (self.recorded if recorded else self.synthetic).append(Utterance(self.used, len(wave), answer))
-            self.used += len(wave)
+        self.samples[self.used : end] = spoken.samples.to(self.device)
+        for length, answer in zip(spoken.lengths, answers, strict=True):
+            (self.recorded if recorded else self.synthetic).append(Utterance(self.used, length, answer))
+            self.used += length
 
     def add_recorded(self, records: Sequence[Record], rng: random.Random) -> None:
         """Takes recorded prompts, each by itself and several in a row."""
         waves = [(np.clip(read_audio(r.audio), -1, 1) * (2**15 - 1)).astype(np.int16) for r in records]
-        self.add([record.reference for record in records], waves, recorded=True)
-        for _ in range(JOINS * len(records)):
-            chosen = [rng.randrange(len(records)) for _ in range(rng.randint(2, 4))]
-            text = " ".join(records[i].reference for i in chosen)
-            self.add([text], [np.concatenate([waves[i] for i in chosen])], recorded=True)
+        self.add(Spoken.join([record.reference for record in records], waves), recorded=True)
+        rows = [[rng.randrange(len(records)) for _ in range(rng.randint(2, 4))] for _ in range(JOINS * len(records))]
+        texts = [" ".join(records[i].reference for i in chosen) for chosen in rows]
+        self.add(Spoken.join(texts, [np.concatenate([waves[i] for i in chosen]) for chosen in rows]), recorded=True)
 
     def batch(self, rng: random.Random, tokens: int) -> Batch:
         """Gives a batch of about so many tokens, or one row; its utterances are of about one length."""
