@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROWS, COLUMNS, WARPS, STAGES = 128, 64, 8, 3  # a guess
+ROWS, COLUMNS, WARPS, STAGES = 64, 64, 4, 3  # measured on an H200: within 2 % of the best of 39
 
 
 @triton.jit
@@ -25,7 +28,7 @@ def _mix(logits, value, peak, total, mixed):
     return new_peak, total * fade + tl.sum(weights, axis=1), mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "group", "heads"])
 def _attend(
     query,
     key,
@@ -35,69 +38,54 @@ def _attend(
     length,
     group,
     heads,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
     scale,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # those with the most keys first, of all heads
-    place = tl.program_id(0).to(tl.int64)  # offsets may be beyond 2^31
+    place = tl.program_id(0)
     batch, head = place // heads, place % heads
-    query += batch * q_batch + head * q_head
-    key += batch * k_batch + head // group * k_head
-    value += batch * v_batch + head // group * v_head
-    bias += batch * length
     row, column, channel = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, SIZE)
-    q = tl.load(query + row.to(tl.int64)[:, None] * q_row + channel[None, :], mask=(row < length)[:, None], other=0)
-    key += channel[:, None] + column.to(tl.int64)[None, :] * k_row
-    value += column.to(tl.int64)[:, None] * v_row + channel[None, :]
-    step = tl.full([], COLUMNS, tl.int64)
+    q = query.load([batch, head, tile * ROWS, 0]).reshape(ROWS, SIZE)  # zeros beyond the end, as everywhere
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, SIZE], tl.float32)
     whole = tile * ROWS // COLUMNS * COLUMNS  # keys that all rows see, in whole steps
-    for first in range(0, whole, COLUMNS):
-        logits = tl.dot(q, tl.load(key), input_precision="ieee") * scale + tl.load(bias + first + column)[None, :]
-        peak, total, mixed = _mix(logits, tl.load(value), peak, total, mixed)
-        key += step * k_row
-        value += step * v_row
-    for first in range(whole, tl.minimum(length, (tile + 1) * ROWS), COLUMNS):
-        at = first + column
-        inside = at < length
-        k = tl.load(key, mask=inside[None, :], other=0)
-        logits = tl.dot(q, k, input_precision="ieee") * scale + tl.load(bias + at, mask=inside, other=0)[None, :]
-        logits = tl.where((at[None, :] <= row[:, None]) & inside[None, :], logits, float("-inf"))
-        peak, total, mixed = _mix(logits, tl.load(value, mask=inside[:, None], other=0), peak, total, mixed)
-        key += step * k_row
-        value += step * v_row
-    target = out + (place * length + row)[:, None] * SIZE + channel[None, :]
+    for first in range(0, tl.minimum(length, (tile + 1) * ROWS), COLUMNS):
+        k = key.load([batch, head // group, first, 0]).reshape(COLUMNS, SIZE)
+        logits = tl.dot(q, k.T, input_precision="ieee") * scale + bias.load([batch, first])
+        if first >= whole:
+            at = first + column
+            logits = tl.where((at[None, :] <= row[:, None]) & (at < length)[None, :], logits, float("-inf"))
+        v = value.load([batch, head // group, first, 0]).reshape(COLUMNS, SIZE)
+        peak, total, mixed = _mix(logits, v, peak, total, mixed)
+    target = out + (place.to(tl.int64) * length + row)[:, None] * SIZE + channel[None, :]
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(row < length)[:, None])
+
+
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Describes `[B, H, L, d]` to the tensor memory accelerator, that wants multiples of 16 bytes."""
+    steps = (x.data_ptr(), *(step * x.element_size() for step in x.stride()[:3]))
+    if x.stride(3) != 1 or any(step % 16 for step in steps):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float) -> Tensor:
     """As the reference; the head size is a power of two, at least 16, and L > 0."""
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, length, size = query.shape
     out = query.new_empty(batch, heads, length, size)
+    bias = functional.pad(key_bias.float() * math.log2(math.e), (0, -length % 4))  # rows of a multiple of 16 bytes
     _attend[(batch * heads, triton.cdiv(length, ROWS))](
-        query,
-        key,
-        value,
-        (key_bias.float() * math.log2(math.e)).contiguous(),
+        _tiles(query, ROWS),
+        _tiles(key, COLUMNS),
+        _tiles(value, COLUMNS),
+        TensorDescriptor(bias, list(bias.shape), list(bias.stride()), [1, COLUMNS]),
         out,
         length,
         heads // key.shape[1],
         heads,
-        *(x.stride(i) for x in (query, key, value) for i in (0, 1, 2)),
         scale * math.log2(math.e),
         SIZE=size,
         ROWS=ROWS,
