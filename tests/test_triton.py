@@ -652,7 +652,7 @@ def test_offsets_beyond_32_bits(far):
 
     for run in (merged, alike, cosine, lambda embeds: [gather_rows([embeds, embeds], index, "triton")]):
         for near, found in zip(run(x), run(far(x, 0)), strict=True):
-            assert torch.equal(near, found), run
+            torch.testing.assert_close(found, near)  # read in other pieces, and summed in another order
 
 
 @on_device
