@@ -46,7 +46,14 @@ def label(row: Row, compiled: bool = False) -> str:
 
 def end_to_end(rows: Sequence[Row]) -> str:
     """Gives a table for every clip: where the time of an answer goes, in ms, and how much less than transformers'."""
-    return _tables(by_setting(rows), _end_to_end)
+    settings = by_setting(rows)
+    return _tables(
+        {
+            words + ", nothing compiled" * (not any(row["compile"] for row in own)): own
+            for words, own in settings.items()
+        },
+        _end_to_end,
+    )
 
 
 def _end_to_end(rows: Sequence[Row]) -> str:
