@@ -61,7 +61,8 @@ BASE = "omni-small:unaligned"
 TOWERS_ONLY = 0.1  # of the whole training
 WARM_UP = 15.0  # seconds until the rates are at their peak, after every start
 SHORT_CLIPS = (0.4, 80.0)  # so long into the training no clip is longer than so many seconds
-CLIP_SHARE = 0.5  # of the steps, once there are clips
+CLIP_SHARE = 0.4  # of the steps, once there are clips
+HELD_BACK_HOURS = 1.0  # room for the prompts of the validation split, and rows of them
 LOG_SECONDS, SAVE_SECONDS = 10.0, 150.0
 
 
@@ -119,6 +120,8 @@ class Training:
         encoder, prompts = Encoder(processor), speech_records("train")
         self.speech = SpeechBank(encoder, plan.hours, device)
         self.speech.add_recorded(prompts, self.rng)
+        self.held_back = SpeechBank(encoder, HELD_BACK_HOURS, device)
+        self.held_back.add_recorded(speech_records("validation"), self.rng)
         self.clips = ClipBank(TokenIds.from_config(thinker.config), processor.tokenizer.pad_token_id, device)
         maker = ClipMaker(Encoder(processor, timestamps=TIMESTAMPS), stamps, seed=1 + self.starts)
         texts = Texts.load(prompts)
@@ -166,6 +169,8 @@ class Training:
             progress = (self.before + now) / (60 * self.plan.of)
             over = now >= 60 * self.plan.minutes or progress >= 1 or self.count - first == self.plan.steps
             if over or time.perf_counter() - logged > LOG_SECONDS:
+                if sums and progress >= TOWERS_ONLY:
+                    sums["text_held_back"] = [self._held_back()]
                 finish(self.device)
                 tell(row := self._row(now, time.perf_counter() - logged, sums, done))
                 if wrong := [name for name in sums if not math.isfinite(row[name])]:
@@ -186,6 +191,11 @@ class Training:
             done["steps"] += 1
             done["utterances" if batch.frames is None else "clips"] += len(batch.ids)
             done["tokens"] += batch.ids.numel()
+
+    def _held_back(self) -> torch.Tensor:
+        """Gives the loss of prompts of the validation split, heard as those that are learned: with noise and masks."""
+        batch = self.held_back.batch(self.rng, self.plan.tokens)
+        return self.aligner(batch, towers_only=False)["text"].detach()
 
     def _batch(self, progress: float) -> Batch:
         until, longest = SHORT_CLIPS
@@ -236,9 +246,9 @@ def parser() -> Parser:
     made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--minutes", type=float, default=10.0, help="of training now; 0 measures what is there")
     made.add_argument("--of", type=float, default=None, help="minutes of all starts together; default: --minutes")
-    made.add_argument("--tokens", type=int, default=12_000, help="of a batch")
-    made.add_argument("--hours", type=float, default=60.0, help="of speech, at most; an hour takes 115 MB of the GPU")
-    made.add_argument("--clips", type=int, default=6000, help="to train on, at most; one takes about 5 MB of the GPU")
+    made.add_argument("--tokens", type=int, default=44_000, help="of a batch: what keeps an H200 busy, in 76 GB")
+    made.add_argument("--hours", type=float, default=40.0, help="of speech, at most; an hour takes 115 MB of the GPU")
+    made.add_argument("--clips", type=int, default=3000, help="to train on, at most; one takes about 5 MB of the GPU")
     made.add_argument("--workers", type=int, default=8, help="processes that make speech and clips")
     made.add_argument("--steps", type=int, default=None, help="stop after so many, even before the minutes are over")
     made.add_argument("--compile", action="store_true", help="compile what is slow without: half a minute, once")

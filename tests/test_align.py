@@ -265,8 +265,8 @@ def test_changes_are_stored_small(thinker, processor, tmp_path):
 def test_texts_are_of_every_kind_and_of_the_train_split():
     texts = Texts(["Press the pound key."], ["A set of two."], ["person", "cut back", "twelfth"])
     rng = random.Random(0)
-    drawn = [texts.draw(rng) for _ in range(4000)]
-    for text in ("Press the pound key.", "A set of two.", "person", "B", "twentieth", "one hundred", "twenty one"):
+    drawn = [texts.draw(rng) for _ in range(12_000)]
+    for text in ("Press the pound key.", "the pound", "A set of two.", "person", "B", "twentieth", "zulu", "one hundred", "twenty one"):
         assert any(text in one for one in drawn), text
     assert {split_of(text) for text in drawn} == {"train"}
     assert "twelfth" not in drawn  # a prompt of the test split
@@ -319,6 +319,7 @@ def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path,
     monkeypatch.setattr(Aligner, "load_heads", lambda self, tensors: heads.append((self.heads(), tensors)))
     options = "--of 9 --minutes 9 --tokens 500 --hours 0.02 --clips 4 --workers 1 --test-clips 1 --device cpu"
     for start in (1, 2):
+        monkeypatch.setattr(align, "TOWERS_ONLY", 0.1 * (start == 1))
         monkeypatch.setattr(
             sys, "argv", ["align.py", *options.split(), "--steps", "2", "--output", str(tmp_path / "run")]
         )

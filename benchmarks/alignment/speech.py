@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,18 @@ from audiopress.data import synthesis, wordnet
 from audiopress.data.collator import Encoder
 from audiopress.data.media import read_audio
 from audiopress.data.records import Record, assistant, user
-from audiopress.data.speech import INSTRUCTION, split_of
+from audiopress.data.speech import INSTRUCTION, normalise, split_of
 from audiopress.kernels.packed import upload
 from audiopress.models.rewrite import IGNORE
 
 # All guesses.
 SPEED, LEAD, TAIL = (0.9, 1.1), (0.0, 0.4), (0.1, 0.6)  # of an utterance: factor, and seconds of silence
-NOISY, NOISE_DB = 0.5, (-40.0, -8.0)  # share of utterances with noise, and its power against theirs
+NOISY, NOISE_DB = 0.3, (-40.0, -15.0)  # share of utterances with noise, and its power against theirs
 DRAWN = 4096  # utterances that are sorted by length and cut into batches
-RECORDED = 0.15  # share of the utterances; the others are synthetic
-KINDS = {"sentence": 0.55, "prompt": 0.2, "words": 0.15, "spelled": 0.1}  # shares of synthetic texts
+RECORDED = 0.35  # share of the utterances; the others are synthetic
+# Shares of synthetic texts: sentences of common words, prompts and pieces of them, words alone, letters and numbers.
+KINDS = {"sentence": 0.35, "prompt": 0.2, "piece": 0.15, "words": 0.1, "spelled": 0.2}
+COMMON = 5000  # words that sentences are made of: of WordNet's sentences 47,000 hold no rarer one
 LONGEST = 20.0  # seconds of an utterance
 JOINS = 3  # rows of two to four recorded prompts, for each prompt
 
@@ -41,7 +44,11 @@ _OTHERS = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
     "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth "
     "eightieth ninetieth hundredth thousandth millionth Monday Tuesday Wednesday Thursday Friday Saturday Sunday "
-    "January February March April May June July August September October November December"
+    "January February March April May June July August September October November December "
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo "
+    "sierra tango uniform victor whiskey yankee zulu "  # the spelling alphabet
+    "ampersand asterisk backslash backtick bracket caret colon comma dash dollar dot equals hash hyphen percent period "
+    "pipe plus pound quote semicolon slash space star tilde underscore"  # characters
 )
 
 
@@ -51,8 +58,8 @@ class Texts:
 
     Args:
         prompts: texts of the train split.
-        sentences: see `wordnet.sentences`.
-        words: see `wordnet.words`.
+        sentences: of common words.
+        words: the commonest.
     """
 
     prompts: Sequence[str]
@@ -61,9 +68,13 @@ class Texts:
 
     @classmethod
     def load(cls, prompts: Sequence[Record]) -> Texts:
-        """Takes the texts of records, and WordNet's."""
+        """Takes the texts of records, and WordNet's, without its rare words: the prompts have few."""
         texts = [record.reference for record in prompts if _PLAIN.fullmatch(record.reference)]
-        return cls(texts, wordnet.sentences(), wordnet.words())
+        sentences = {sentence: normalise(sentence).split() for sentence in wordnet.sentences()}
+        counts = Counter(word for said in sentences.values() for word in said)
+        common = {word for word, _ in counts.most_common(COMMON)}
+        plain = [sentence for sentence, said in sentences.items() if common.issuperset(said)]
+        return cls(texts, plain, wordnet.words()[:COMMON])
 
     def draw(self, rng: random.Random) -> str:
         """Gives one text of the train split: what test prompts say is not trained on in other voices either."""
@@ -77,6 +88,10 @@ class Texts:
             return rng.choice(self.sentences)
         if kind == "prompt":
             return rng.choice(self.prompts)
+        if kind == "piece":
+            words = rng.choice(self.prompts).split()
+            first = rng.randrange(len(words))
+            return " ".join(words[first : first + rng.randint(1, 6)])
         if kind == "words":
             return " ".join(rng.choice(self.words) for _ in range(rng.choice((1, 1, 1, 2, 3))))
         return _spelled(rng)
