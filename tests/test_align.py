@@ -266,7 +266,8 @@ def test_texts_are_of_every_kind_and_of_the_train_split():
     texts = Texts(["Press the pound key."], ["A set of two."], ["person", "cut back", "twelfth"])
     rng = random.Random(0)
     drawn = [texts.draw(rng) for _ in range(12_000)]
-    for text in ("Press the pound key.", "the pound", "A set of two.", "person", "B", "twentieth", "zulu", "one hundred", "twenty one"):
+    wanted = ["Press the pound key.", "the pound", "A set of two.", "person", "B", "twentieth", "zulu", "one hundred"]
+    for text in (*wanted, "twenty one"):
         assert any(text in one for one in drawn), text
     assert {split_of(text) for text in drawn} == {"train"}
     assert "twelfth" not in drawn  # a prompt of the test split
