@@ -134,6 +134,7 @@ class Training:
             delta.cast_weights(thinker, torch.bfloat16)
             # Threads would wait for each other between the makers' processes; cuDNN's attention plans every shape anew.
             torch.set_num_threads(1)
+            torch.set_float32_matmul_precision("high")  # the losses' products and the sums, which end in bfloat16
             torch.backends.cuda.enable_cudnn_sdp(False)
         if compiled:
             compile_layers(thinker, whole=True)

@@ -204,6 +204,20 @@ def test_timestamps_stand_before_the_first_token_of_their_time(processor, clips,
                 assert second == pytest.approx(int(text) / 100 * duration, abs=1 / 25)
 
 
+def test_a_timestamp_counts_up_from_the_time_of_the_next_token(processor, clips):
+    record = dialogue("When?", "Now.", audio=clips[4], video=clips[4])
+    batch = OmniCollator(0)([Encoder(processor, num_frames=4, timestamps=5)(record)])
+    layout = layout_of(processor, batch)
+    kinds, times = layout.kind[0].tolist(), layout.positions[:, 0]
+    starts = [i for i, kind in enumerate(kinds) if kind == Kind.TIMESTAMP and kinds[i - 1] != Kind.TIMESTAMP]
+    assert len(starts) == 4
+    for start in starts:
+        end = next(i for i in range(start, len(kinds)) if kinds[i] != Kind.TIMESTAMP)
+        assert end - start == 2  # a digit each
+        expected = times[0, end] + torch.arange(end - start)
+        assert torch.equal(times[:, start:end], expected.expand(3, -1))
+
+
 def test_of_timestamps_with_nothing_between_them_the_last_one_stays(processor, clips):
     record = dialogue("When?", "Now.", video=clips[4])
     batch = OmniCollator(0)([Encoder(processor, num_frames=4, timestamps=10)(record)])
