@@ -243,9 +243,8 @@ class Aligner(nn.Module):
             row, at = times.isfinite().nonzero(as_tuple=True)
             chosen = torch.randint(len(row), (min(len(row), CLOCK_PLACES),))
             row, at = row[chosen], at[chosen]
-            away = (
-                torch.arange(100, device=hidden.device) + 0.5 - upload(times[row, at, None], hidden.device, times.dtype)
-            )
+            true = upload(times[row, at, None], hidden.device, times.dtype)
+            away = torch.arange(100, device=hidden.device) + 0.5 - true
             target = (-0.5 * (away / CLOCK_WIDTH).square()).softmax(dim=1)
             losses.append(F.cross_entropy(self.clock(_at(hidden, row, at).float())[:, part], target))
         return torch.stack(losses).sum()
