@@ -222,6 +222,14 @@ def test_times_are_of_one_model_and_clip(tmp_path):
     assert "7B" in data["timed"]["first_token"]
 
 
+def test_times_are_of_every_commit(tmp_path):
+    newer = {"commit": "b" * 40, "utc": "2026-02-01T00:00:00+00:00"}
+    times = [speed_row("ward", 0.25, 170), speed_row("none", 1.0, 300), speed_row("pooling", 0.25, 160) | newer]
+    data = page_points(write(tmp_path, throughput=times, speech=[speech_row()]))
+    assert data["points"][0]["times"]["first_token"]["ms"] == 170
+    assert data["timed"]["first_token"].endswith("commit aaaaaaa, bbbbbbb")
+
+
 def test_leaders_are_best_at_most_rates_and_no_baselines():
     def points(*rows):
         return [{"setting": "clips"} | point(row, "", {}) for row in rows]

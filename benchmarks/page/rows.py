@@ -26,7 +26,7 @@ from audiopress.benchmarks.accuracy.rows import (
     training_of,
 )
 from audiopress.benchmarks.cells import BASELINES, NONE, TRANSFORMERS, read_rows
-from audiopress.benchmarks.speed.report import select
+from audiopress.benchmarks.speed.report import ANY, select
 from audiopress.benchmarks.speed.tables import by_setting
 from audiopress.compression import Compressor, build
 from audiopress.compression.base import TOKENS_PER_SECOND
@@ -209,11 +209,11 @@ def _option(row: Row, name: str, option: str | None = None) -> list[str]:
 def measured_times(results: Path) -> dict[str, Any]:
     """Gives, for each of `TIMES` that was measured, what it was measured on, and its rows.
 
-    They are of the newest device and commit, and of one clip: that of most cells, or the longest.
+    They are of the newest device, of any commit, and of one clip: that of most cells, or the longest.
     """
     found = {}
     for key, (_, benchmark, field) in TIMES.items():
-        rows = select(read_json_lines(results / f"{benchmark}.jsonl"), benchmark)
+        rows = select(read_json_lines(results / f"{benchmark}.jsonl"), benchmark, commit=ANY)
         rows = [row for row in rows if row["status"] == "ok" and field in row]
         if not rows:
             continue
@@ -223,7 +223,8 @@ def measured_times(results: Path) -> dict[str, Any]:
             longest = max(row["clip_seconds"] for row in rows)
             rows = [row for row in rows if row["clip_seconds"] == longest]
             words = f"the width of Qwen2.5-Omni-7B, {longest:g} s of sound"
-        about = f"{words}; {rows[-1]['device']}, commit {rows[-1]['commit'][:7]}"
+        commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
+        about = f"{words}; {rows[-1]['device']}, commit {commits}"
         found[key] = {"about": about, "rows": [_time(row, field) for row in rows]}
     return found
 
