@@ -29,7 +29,9 @@ def _keys(scores, at, inside, BITS: tl.constexpr):
         score = tl.where(score == 0, 0.0, score.to(tl.float32))
         bits = score.to(tl.uint32, bitcast=True)
     one = tl.full([1], 1, bits.dtype)
-    return tl.where(bits >> (BITS - 1) == one, ~bits, bits | (one << (BITS - 1)))
+    top = one << (BITS - 1)
+    every = top | (top - one)  # `~bits` is refused by numpy in the interpreter of Triton 3.8: its -1 has a sign
+    return tl.where(bits >> (BITS - 1) == one, bits ^ every, bits | top)
 
 
 @triton.jit
