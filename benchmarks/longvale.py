@@ -32,6 +32,7 @@ from audiopress.benchmarks.cells import Parser, append, check_device, read_rows,
 from audiopress.benchmarks.environment import environment
 from audiopress.benchmarks.longvale_scores import TASKS, Key, Truth, read_log, read_truths, score, table, write_log
 from audiopress.benchmarks.scoring import to_device
+from audiopress.compression.base import check_count
 from audiopress.compression.registry import QWEN_7B
 from audiopress.data.collator import Encoder, OmniCollator
 from audiopress.data.longvale import Query, load_queries
@@ -198,6 +199,7 @@ def check(args: argparse.Namespace) -> tuple[int, int]:
     for name in ("num_frames", "max_audio_seconds", "max_new_tokens", "batch_size"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    check_count("--timestamps", args.timestamps, least=0)
     saved = (Path(args.model) / storage.MANIFEST).is_file()
     if args.compressor is None:
         if args.keep_ratio is not None and not saved:

@@ -369,6 +369,7 @@ def test_a_log_alone_is_scored(monkeypatch, capsys, tmp_path, truths):
         (["--batch-size", "0"], "--batch-size must be positive, got 0"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be positive"),
         (["--num-frames", "-1"], "--num-frames must be positive"),
+        (["--timestamps", "-1"], "--timestamps must be a whole number >= 0, got -1"),
         (["--max-audio-seconds", "nan"], "--max-audio-seconds must be positive, got nan"),
         (["--device", "abacus"], "abacus"),
         (["--nonsense"], "--nonsense"),
