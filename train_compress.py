@@ -448,6 +448,7 @@ def main(argv: list[str]) -> None:
     train, validation, test = load_records(data_args, skips, args.seed)
 
     say(2, f"opening {model_args.model}")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan every step's shape anew, for 0.1 s
     model, processor = audiopress.load(model_args.model, device=args.device)
     transformers.set_seed(args.seed)  # here, as assembling omni-small on first use draws random numbers too
     compressor = build_for(model.thinker, model_args.compressor, **options).to(model.device)

@@ -34,6 +34,7 @@ from audiopress.benchmarks.alignment.card import publish
 from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
 from audiopress.benchmarks.alignment.makers import Makers
 from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
+from audiopress.benchmarks.alignment.pieces import cuts
 from audiopress.benchmarks.alignment.scores import aligned, speech_scores, time_scores
 from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
 from audiopress.benchmarks.cells import Parser, check_device
@@ -119,7 +120,7 @@ class Training:
         thinker, processor = load_base(BASE, torch.float32)
         encoder, prompts = Encoder(processor), speech_records("train")
         self.speech = SpeechBank(encoder, plan.hours, device)
-        self.speech.add_recorded(prompts, self.rng)
+        self.speech.add_recorded(prompts, self.rng, cuts(prompts, folder / "pieces.json"))
         self.held_back = SpeechBank(encoder, HELD_BACK_HOURS, device)
         self.held_back.add_recorded(speech_records("validation"), self.rng)
         self.clips = ClipBank(TokenIds.from_config(thinker.config), processor.tokenizer.pad_token_id, device)
@@ -215,7 +216,7 @@ class Training:
             "seconds": round(self.before + now, 1),
             **{f"{name}_per_second": number / since for name, number in done.items()},
             "hours": self.speech.hours,
-            "synthetic": len(self.speech.synthetic),
+            "synthetic": len(self.speech.utterances["synthetic"]),
             "clips": self.clips.count,
             **losses,
         }
@@ -248,7 +249,7 @@ def parser() -> Parser:
     made.add_argument("--minutes", type=float, default=10.0, help="of training now; 0 measures what is there")
     made.add_argument("--of", type=float, default=None, help="minutes of all starts together; default: --minutes")
     made.add_argument("--tokens", type=int, default=44_000, help="of a batch: what keeps an H200 busy, in 76 GB")
-    made.add_argument("--hours", type=float, default=40.0, help="of speech, at most; an hour takes 115 MB of the GPU")
+    made.add_argument("--hours", type=float, default=60.0, help="of speech, at most; an hour takes 115 MB of the GPU")
     made.add_argument("--clips", type=int, default=3000, help="to train on, at most; one takes about 5 MB of the GPU")
     made.add_argument("--workers", type=int, default=8, help="processes that make speech and clips")
     made.add_argument("--steps", type=int, default=None, help="stop after so many, even before the minutes are over")

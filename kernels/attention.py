@@ -50,15 +50,15 @@ def block_attention(
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float, backend: str = "auto"
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float, backend: str = "auto"
 ) -> Tensor:
-    """Attends to oneself and what is before, with a bias on every key.
+    """Attends to oneself and what is before, with or without a bias on every key.
 
     Args:
         query: `[B, H, L, d]`.
         key: `[B, K, L, d]`, where H is a multiple of K: each key head serves H / K query heads that follow one another.
         value: `[B, K, L, d]`.
-        key_bias: `[B, L]`, added to every logit of its key.
+        key_bias: `[B, L]`, added to every logit of its key; None for nothing.
         scale: of the logits.
         backend: "auto", "torch" or "triton". The kernel is forward only, for half precision on a GPU; where it does not
             fit, "auto" does without.
@@ -72,23 +72,26 @@ def causal_attention(
             raise ValueError("the kernel of causal_attention has no backward pass: choose backend 'torch' or 'auto'")
         from . import triton_causal
 
+        if key_bias is None:
+            key_bias = query.new_zeros(len(query), query.shape[2])
         return triton_causal.causal_attention(query, key, value, key_bias, scale)
     size = query.shape[-1]
-    query, key, value = append_key_bias(query, key, value, key_bias[:, None, :, None], scale)
+    if key_bias is not None:
+        query, key, value = append_key_bias(query, key, value, key_bias[:, None, :, None], scale)
     grouped = query.shape[1] != key.shape[1]
     mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return mixed[..., :size]
 
 
-def has_causal_kernel(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor) -> bool:
+def has_causal_kernel(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None) -> bool:
     """Tells whether the kernel of `causal_attention` takes these: half precision, no gradient, 2^n channels."""
     size = query.shape[-1]
     fits = query.dtype == key.dtype == value.dtype in HALF and 16 <= size <= 128 and size & (size - 1) == 0
     return fits and not _needs_gradient(query, key, value, key_bias)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def append_key_bias(

@@ -5,7 +5,8 @@ Merging, 2210.09461). Attention functions of transformers take no bias per key, 
 keys, which for a long prompt is too much. So the bias takes one of three ways, all exact:
 
 - of a single query, as in decoding, it is added to the mask;
-- of a prompt without padding, on a GPU and without gradient, our own kernel takes it;
+- of a prompt without padding, on a GPU and without gradient, our own kernel takes it. It also serves where there is no
+  bias: cuDNN's attention, which torch would choose there, plans each new length anew for tens of milliseconds;
 - else it rides along as head channels, with every implementation, flash attention included: the queries get ones, the
   keys get the bias over the scale.
 """
@@ -45,7 +46,7 @@ def size_bias(sizes: Tensor, mask: Tensor) -> Tensor:
 
 
 def enable_key_bias(config: Any) -> None:
-    """Makes a model's attention understand the argument `key_bias`; without it, it computes what it did.
+    """Makes a model's attention understand the argument `key_bias`; without it, results stay, up to rounding.
 
     Stays on: layers that are computed again in the backward pass (checkpointing) must find the same function.
 
@@ -129,15 +130,16 @@ def _attend(
     attend = partial(_call, base, module)
     size, queries = query.shape[-1], query.shape[2]
     scaling = size**-0.5 if scaling is None else scaling
-    if key_bias is None:
-        return attend(query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
     causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
-    whole = causal and base == "sdpa" and attention_mask is None and key_bias.shape[1] == queries
-    if whole:  # a prompt without padding; a static cache is longer, and empty
+    # A prompt without padding: query i sees keys 0 to i. A static cache is longer, and empty.
+    whole = causal and base == "sdpa" and attention_mask is None and queries > 1
+    if whole:
         key, value = key[:, :, :queries], value[:, :, :queries]
-    bias = _fit(key_bias, len(query), key.shape[2])
+    bias = None if key_bias is None else _fit(key_bias, len(query), key.shape[2])
     if whole and query.is_cuda and has_causal_kernel(query, key, value, bias):
         return causal_attention(query, key, value, bias, scaling).transpose(1, 2).contiguous(), None
+    if bias is None:
+        return attend(query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
     output, weights = attend(
         *append_key_bias(query, key, value, bias[:, None, :, None], scaling),
         attention_mask,

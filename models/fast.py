@@ -1,4 +1,4 @@
-"""Compiled layers: many small operations in one, by torch.compile, where the layers of the model are slow for them."""
+"""What makes a model fast and leaves its results, up to rounding: attention functions of ours, and compiled layers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from torch import nn
 from torch._dynamo import config
 
 from . import parts
+from .attention import enable_key_bias
+from .packed import use_packed_attention
 
 # Of one piece of code. All kinds of layer share one in transformers, each compiled for one row and for several, for
 # inputs with and without gradients: torch's own 8 would leave some of them as they are, and say nothing.
 RECOMPILE_LIMIT = 64
 
 
+def use_fast_attention(thinker: nn.Module) -> None:
+    """Puts attention functions of ours in place of slow ones, in both towers and the LLM."""
+    use_packed_attention(thinker)
+    enable_key_bias(parts.language_model(thinker).config)
+
+
 def compile_layers(thinker: nn.Module, whole: bool = False, **options: Any) -> None:
-    """Compiles parts of the model, on their first use: seconds for each kind of part, whatever their number.
+    """Compiles parts of the model by torch.compile, on their first use: seconds for each kind, whatever their number.
 
     They are the layers of both towers (half of the vision tower's time goes to norms and rotary positions in float32,
     and starting the audio tower's many operations one by one takes longer than running them) and the LLM's norms and

@@ -13,10 +13,8 @@ from ..compression import Compressor, build
 from ..compression.base import LLMShape
 from ..compression.registry import from_description
 from . import parts, storage
-from .attention import enable_key_bias
-from .fast import compile_layers
+from .fast import compile_layers, use_fast_attention
 from .omni import CompressedOmni, check_compressor
-from .packed import use_packed_attention
 
 OMNI_SMALL = "omni-small"
 
@@ -63,7 +61,7 @@ def load(
         raise ValueError(f"options {', '.join(options)} go with a compressor's name, got {compressor!r}")
     if not saved:
         thinker, processor = load_base(name, weight_dtype)
-        _speed_up(thinker)
+        use_fast_attention(thinker)
         if isinstance(compressor, str):
             compressor = build_for(thinker, compressor, **options)
         base = str(Path(name).resolve()) if Path(name).is_dir() else name
@@ -75,7 +73,7 @@ def load(
     manifest = storage.read_manifest(name)
     thinker, processor = load_base(base or manifest["base"]["name"], weight_dtype)
     storage.check_base(manifest["base"], thinker, name)
-    _speed_up(thinker)
+    use_fast_attention(thinker)
     method, video = (
         None if manifest[key] is None else from_description(manifest[key]) for key in ("compressor", "video_compressor")
     )
@@ -93,12 +91,6 @@ def load(
             raise ValueError(f"{name} was saved without a compressor: there is no keep_ratio to change")
         model.compressor = model.compressor.at(**options)
     return _placed(model.requires_grad_(False), place, compile), processor
-
-
-def _speed_up(thinker: nn.Module) -> None:
-    """Puts attention functions of ours in place of slow ones; results stay, up to rounding."""
-    use_packed_attention(thinker)
-    enable_key_bias(parts.language_model(thinker).config)
 
 
 def _placed(model: CompressedOmni, place: torch.device, compile: bool) -> CompressedOmni:

@@ -355,6 +355,7 @@ def load_whisper(name: str = WHISPER_BASE, download: bool = True) -> CompressedW
     )
     config = json.loads((first / DATA / "config.json").read_text())
     model.generation_config = generation_config(tokenizer, config["suppress_ids"], config["suppress_ids_begin"])
+    model.generation_config.alignment_heads = config["alignment_heads"]  # (layer, head) that look at what is written
     for token in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
         setattr(model.config, token, getattr(model.generation_config, token))
     return CompressedWhisper(model, tokenizer, WhisperFeatureExtractor(model.config.num_mel_bins))

@@ -28,9 +28,10 @@ from audiopress.benchmarks.alignment.card import publish
 from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
 from audiopress.benchmarks.alignment.makers import Makers
 from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
-from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
+from audiopress.benchmarks.alignment.speech import Prompt, SpeechBank, Texts, draw_pieces
 from audiopress.benchmarks.timeline import Options
 from audiopress.data.collator import PATCH_PIXELS, Encoder, OmniCollator
+from audiopress.data.media import read_audio
 from audiopress.data.rendering import render
 from audiopress.data.speech import folder_records, split_of
 from audiopress.data.timeline import plan
@@ -76,10 +77,19 @@ def prompts(tmp_path):
     return folder_records(tmp_path)
 
 
+def even_cuts(records, file=None):
+    """A piece for every word, all of a prompt equally long."""
+    found = {}
+    for record in records:
+        words, seconds = record.reference.split(), len(read_audio(record.audio)) / RATE
+        found[record.id] = [(word, seconds * (i + 1) / len(words)) for i, word in enumerate(words)]
+    return found
+
+
 @pytest.fixture
 def speech(encoder, prompts):
-    bank = SpeechBank(encoder, 0.02, CPU)
-    bank.add_recorded(prompts, random.Random(0))
+    bank = SpeechBank(encoder, 0.2, CPU)
+    bank.add_recorded(prompts, random.Random(0), even_cuts(prompts))
     return bank
 
 
@@ -280,6 +290,23 @@ def forks(monkeypatch):
     monkeypatch.setattr(makers, "get_context", lambda _: multiprocessing.get_context("fork"))
 
 
+def test_pieces_say_what_their_texts_say(prompts):
+    texts, pieces = [record.reference for record in prompts], even_cuts(prompts).values()
+    waves = [np.full(round(own[-1][1] * RATE), i, np.int16) for i, own in enumerate(pieces)]
+    known = [Prompt(own, wave) for own, wave in zip(pieces, waves, strict=True)]
+    rng, drawn = random.Random(0), set()
+    for _ in range(50):
+        text, wave = draw_pieces(known, rng)
+        assert split_of(text) == "train"
+        said = []
+        for word in text.split():
+            prompt = next(i for i, own in enumerate(texts) if word in own.split())
+            said.append(np.full(len(waves[prompt]) // len(texts[prompt].split()), prompt))
+        assert wave.tolist() == np.concatenate(said).tolist()
+        drawn.add(text)
+    assert len(drawn) > 20
+
+
 def test_processes_that_die_are_started_anew(maker, speech, clips, forks, monkeypatch, caplog):
     """Those of this test end at once."""
     monkeypatch.setattr(makers, "_start", lambda maker: os._exit(1))
@@ -311,6 +338,8 @@ def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path,
     monkeypatch.setattr(align, "packaged_stamps", lambda: stamps)
     monkeypatch.setattr(align.synthesis, "ensure_voices", lambda: None)
     monkeypatch.setattr(align, "speech_records", lambda split: prompts)
+    monkeypatch.setattr(align, "cuts", even_cuts)
+    monkeypatch.setattr(align, "LOG_SECONDS", float("inf"))
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.speech_records", lambda split: prompts)
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.NEW_TOKENS", 3)
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.ANSWER_TOKENS", 3)
@@ -318,7 +347,7 @@ def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path,
     monkeypatch.setattr(align.Texts, "load", classmethod(lambda cls, records: cls([], [], [])))
     heads = []
     monkeypatch.setattr(Aligner, "load_heads", lambda self, tensors: heads.append((self.heads(), tensors)))
-    options = "--of 9 --minutes 9 --tokens 500 --hours 0.02 --clips 4 --workers 1 --test-clips 1 --device cpu"
+    options = "--of 9 --minutes 9 --tokens 500 --hours 0.2 --clips 4 --workers 1 --test-clips 1 --device cpu"
     for start in (1, 2):
         monkeypatch.setattr(align, "TOWERS_ONLY", 0.1 * (start == 1))
         monkeypatch.setattr(

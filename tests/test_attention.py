@@ -3,12 +3,12 @@
 import pytest
 import torch
 from tiny import EOS, make_thinker
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import WhisperConfig, WhisperModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from audiopress.models import parts
+from audiopress.kernels.attention import causal_attention
+from audiopress.models import attention, parts
 from audiopress.models.attention import PREFIX, biased, biased_llm, enable_key_bias, rope_sections, size_bias
 
 
@@ -193,22 +193,25 @@ def test_a_decoder_that_reads_the_tokens():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("biases", [True, False])
 @torch.no_grad()
-def test_flash_attention_takes_the_bias():
-    """At the 7B model's head sizes, in bfloat16 and with no other kernel allowed, against float64."""
+def test_a_prompt_takes_our_kernel(biases, monkeypatch):
+    """At the 7B model's head sizes, in bfloat16, with a cache that is longer than the prompt, against float64."""
+    calls = []
+    monkeypatch.setattr(attention, "causal_attention", lambda *args: calls.append(args) or causal_attention(*args))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 700, 128, generator=generator).cuda().bfloat16() for heads in (28, 4, 4))
     bias = torch.randint(1, 60, (1, 700), generator=generator).float().log().cuda()
     _, lm = language_model()
     enable_key_bias(lm.config)
-    attention = lm.layers[0].self_attn
-    attention.num_key_value_groups = 7
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        found, _ = ALL_ATTENTION_FUNCTIONS[lm.config._attn_implementation](
-            attention, q, k, v, None, scaling=128**-0.5, key_bias=bias
-        )
+    lm.layers[0].self_attn.num_key_value_groups = 7
+    cached = (torch.cat([x, x[:, :, :68]], dim=2) for x in (k, v))
+    options = {"scaling": 128**-0.5, "key_bias": bias if biases else None}
+    attend = ALL_ATTENTION_FUNCTIONS[lm.config._attn_implementation]
+    found, _ = attend(lm.layers[0].self_attn, q, *cached, None, **options)
+    assert len(calls) == 1
     q, k, v = q.double(), k.double().repeat_interleave(7, 1), v.double().repeat_interleave(7, 1)
-    logits = q @ k.mT * 128**-0.5 + bias.double()
+    logits = q @ k.mT * 128**-0.5 + bias.double() * biases
     causal = torch.ones(700, 700, device="cuda", dtype=torch.bool).triu(1)
     want = logits.masked_fill(causal, -torch.inf).softmax(-1) @ v
     torch.testing.assert_close(found.transpose(1, 2).double(), want, rtol=0.02, atol=0.01)

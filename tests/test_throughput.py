@@ -18,7 +18,7 @@ from audiopress.models.parts import vision_tower
 
 WHERE = {"utc": "2026-01-01", "commit": "abc", "dirty": False, "device": "a CPU"}
 SMALL = ["--model", "tiny", "--seconds", "2", "--repeats", "1", "--device", "cpu", "--commit", "abc"]
-TIMED = {"audio_tower", "vision_tower", "encode", "compressor", "prefill", "first_token", "answer"}
+TIMED = {"audio_tower", "vision_tower", "encode", "compressor", "prefill", "first_token", "first_token_fresh", "answer"}
 
 
 @pytest.fixture

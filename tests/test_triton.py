@@ -505,21 +505,24 @@ def test_greedy_choices_of_nan_mark_no_other_clip(lengths):
 
 
 @on_device
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
 @pytest.mark.parametrize(
     ("length", "size", "heads", "key_heads"), [(1, 16, 2, 2), (41, 16, 2, 1)] + [(1999, 128, 28, 4)] * (not INTERPRETED)
 )
-def test_causal_attention(length, size, heads, key_heads, dtype, monkeypatch):
+def test_causal_attention(length, size, heads, key_heads, dtype, biased, monkeypatch):
     if INTERPRETED:  # several tiles
         monkeypatch.setattr("audiopress.kernels.triton_causal.ROWS", 16)
         monkeypatch.setattr("audiopress.kernels.triton_causal.COLUMNS", 16)
     # as a projection leaves them: [B, L, H, d]
     q = randn(2, length, heads, size, dtype=dtype).transpose(1, 2)
     k, v = (randn(2, length, key_heads, size, dtype=dtype, seed=i).transpose(1, 2) for i in (1, 2))
-    bias, scale = randn(2, length, seed=3).exp().log1p(), 1.3 * size**-0.5
+    bias, scale = randn(2, length, seed=3).exp().log1p() if biased else None, 1.3 * size**-0.5
     found, plain = (causal_attention(q, k, v, bias, scale, b) for b in ("triton", "torch"))
     k, v = (x.double().repeat_interleave(heads // key_heads, dim=1) for x in (k, v))
-    logits = q.double() @ k.transpose(2, 3) * scale + bias.double()[:, None, None]
+    logits = q.double() @ k.transpose(2, 3) * scale
+    if biased:
+        logits += bias.double()[:, None, None]
     hidden = torch.ones(length, length, dtype=torch.bool, device=DEVICE).triu(1)
     check(found, plain, logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v)
     with pytest.raises(ValueError, match="no backward pass"):

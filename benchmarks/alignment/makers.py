@@ -101,7 +101,7 @@ class Makers:
     def wait(self) -> None:
         """Waits until there is enough to begin with."""
         utterances, clips = START
-        while self.tasks and (len(self.speech.synthetic) < utterances or self.clips.count < clips):
+        while self.tasks and (len(self.speech.utterances["synthetic"]) < utterances or self.clips.count < clips):
             self.collect(timeout=1.0)
 
     def close(self) -> None:

@@ -18,8 +18,8 @@ from audiopress.data.collator import Encoder
 from audiopress.data.speech import Split, speech_records
 from audiopress.data.stamps import Stamp
 from audiopress.models import CompressedOmni, delta
+from audiopress.models.fast import use_fast_attention
 from audiopress.models.loading import load_base
-from audiopress.models.packed import use_packed_attention
 
 NEW_TOKENS = 128  # of a transcript; the longest of a prompt has about 100
 ANSWER_TOKENS = 40  # of an answer about a clip; the longest has about 30
@@ -30,7 +30,7 @@ def aligned(base: str, changes: Path, device: torch.device) -> tuple[CompressedO
     """Opens a base model with changes as `delta.write` stored them, in the precision users get on this device."""
     thinker, processor = load_base(base, torch.float32)
     delta.apply(thinker, delta.read(changes)[0])
-    use_packed_attention(thinker)
+    use_fast_attention(thinker)
     if device.type == "cuda":
         delta.cast_weights(thinker, torch.bfloat16)
     return CompressedOmni(thinker.to(device), base=base).eval(), processor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,14 @@ from audiopress.models.rewrite import IGNORE
 SPEED, LEAD, TAIL = (0.9, 1.1), (0.0, 0.4), (0.1, 0.6)  # of an utterance: factor, and seconds of silence
 NOISY, NOISE_DB = 0.3, (-40.0, -15.0)  # share of utterances with noise, and its power against theirs
 DRAWN = 4096  # utterances that are sorted by length and cut into batches
-RECORDED = 0.35  # share of the utterances; the others are synthetic
+# Shares of the utterances: recorded prompts, pieces of them in other orders, synthetic voices.
+SHARES = {"recorded": 0.15, "pieces": 0.25, "synthetic": 0.6}
 # Shares of synthetic texts: sentences of common words, prompts and pieces of them, words alone, letters and numbers.
 KINDS = {"sentence": 0.35, "prompt": 0.2, "piece": 0.15, "words": 0.1, "spelled": 0.2}
 COMMON = 5000  # words that sentences are made of: of WordNet's sentences 47,000 hold no rarer one
 LONGEST = 20.0  # seconds of an utterance
-JOINS = 3  # rows of two to four recorded prompts, for each prompt
+JOINS, PIECES = 3, 30  # rows of two to four recorded prompts, and of one to four pieces, for each prompt
+IN_A_ROW, PIECE_SECONDS = 3, 0.2  # so many pieces of one prompt at most, which last so long at least
 
 _PLAIN = re.compile(r"[A-Za-z0-9 ,.'?!-]+")  # what voices read as the prompts' speaker does
 _LETTERS = "BCDEFGHIJKLMNOPQRSTUVWXYZ"  # not A, which voices take for the article
@@ -117,6 +119,30 @@ def _number(rng: random.Random) -> str:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A recorded prompt: its pieces' words, and where they end, in seconds; and its int16 samples."""
+
+    pieces: Sequence[tuple[str, float]]
+    wave: np.ndarray
+
+    def draw(self, rng: random.Random) -> tuple[str, np.ndarray]:
+        """Gives some pieces in a row, and their samples."""
+        first = rng.randrange(len(self.pieces))
+        chosen = self.pieces[first : first + rng.randint(1, IN_A_ROW)]
+        start, stop = (round(second * RATE) for second in (self.pieces[first - 1][1] if first else 0, chosen[-1][1]))
+        return " ".join(text for text, _ in chosen), self.wave[start:stop]
+
+
+def draw_pieces(prompts: Sequence[Prompt], rng: random.Random) -> tuple[str, np.ndarray]:
+    """Gives one to four pieces of prompts in a row, and their samples; what test prompts say is not among them."""
+    while True:
+        drawn = [rng.choice(prompts).draw(rng) for _ in range(rng.randint(1, 4))]
+        text = " ".join(words for words, _ in drawn)
+        if all(len(wave) >= PIECE_SECONDS * RATE for _, wave in drawn) and split_of(text) == "train":
+            return text, np.concatenate([wave for _, wave in drawn])
+
+
+@dataclass(frozen=True)
 class Spoken:
     """Texts and their sounds, one after another.
 
@@ -180,8 +206,7 @@ class SpeechBank:
         self.tokenizer, self.device = encoder.processor.tokenizer, device
         self.samples = torch.zeros(round(hours * 3600 * RATE), dtype=torch.int16, device=device)
         self.used = 0
-        self.recorded: list[Utterance] = []
-        self.synthetic: list[Utterance] = []
+        self.utterances: dict[str, list[Utterance]] = {part: [] for part in SHARES}
         self.waiting: list[list[Drawn]] = []
         record = Record("speech", (user(INSTRUCTION), assistant("?")), audio=Path("speech"))
         self.audio_id = self.tokenizer.convert_tokens_to_ids(encoder.processor.audio_token)
@@ -199,8 +224,8 @@ class SpeechBank:
         """Tells whether so many more fit in, however long they are."""
         return self.used + utterances * LONGEST * RATE <= len(self.samples)
 
-    def add(self, spoken: Spoken, recorded: bool = False) -> None:
-        """Takes utterances."""
+    def add(self, spoken: Spoken, part: str = "synthetic") -> None:
+        """Takes utterances, as a part of `SHARES`."""
         if not spoken.texts:
             return
         answers = self.tokenizer(list(spoken.texts), add_special_tokens=False)["input_ids"]
@@ -211,16 +236,27 @@ class SpeechBank:
             )
         self.samples[self.used : end] = spoken.samples.to(self.device)
         for length, answer in zip(spoken.lengths, answers, strict=True):
-            (self.recorded if recorded else self.synthetic).append(Utterance(self.used, length, answer))
+            self.utterances[part].append(Utterance(self.used, length, answer))
             self.used += length
 
-    def add_recorded(self, records: Sequence[Record], rng: random.Random) -> None:
-        """Takes recorded prompts, each by itself and several in a row."""
+    def add_recorded(
+        self, records: Sequence[Record], rng: random.Random, pieces: Mapping[str, Sequence[tuple[str, float]]] = {}
+    ) -> None:
+        """Takes recorded prompts, each by itself and several in a row, and pieces of them.
+
+        Args:
+            records: of the prompts.
+            rng: draws what stands in a row.
+            pieces: of each; see `cuts`.
+        """
         waves = [(np.clip(read_audio(r.audio), -1, 1) * (2**15 - 1)).astype(np.int16) for r in records]
-        self.add(Spoken.join([record.reference for record in records], waves), recorded=True)
+        self.add(Spoken.join([record.reference for record in records], waves), "recorded")
         rows = [[rng.randrange(len(records)) for _ in range(rng.randint(2, 4))] for _ in range(JOINS * len(records))]
         texts = [" ".join(records[i].reference for i in chosen) for chosen in rows]
-        self.add(Spoken.join(texts, [np.concatenate([waves[i] for i in chosen]) for chosen in rows]), recorded=True)
+        self.add(Spoken.join(texts, [np.concatenate([waves[i] for i in chosen]) for chosen in rows]), "recorded")
+        if prompts := [Prompt(pieces[r.id], wave) for r, wave in zip(records, waves, strict=True) if r.id in pieces]:
+            rows = [draw_pieces(prompts, rng) for _ in range(PIECES * len(records))]
+            self.add(Spoken.join(*zip(*rows, strict=True)), "pieces")
 
     def batch(self, rng: random.Random, tokens: int) -> Batch:
         """Gives a batch of about so many tokens, or one row; its utterances are of about one length."""
@@ -246,8 +282,9 @@ class SpeechBank:
         )
 
     def _draw(self, rng: random.Random) -> Drawn:
-        recorded = rng.random() < RECORDED or not self.synthetic
-        return Drawn(rng.choice(self.recorded if recorded else self.synthetic), rng.uniform(*SPEED), rng.uniform(*LEAD))
+        there = [part for part, own in self.utterances.items() if own]
+        (part,) = rng.choices(there, [SHARES[part] for part in there])
+        return Drawn(rng.choice(self.utterances[part]), rng.uniform(*SPEED), rng.uniform(*LEAD))
 
     def _overhead(self) -> int:
         """Gives the tokens of a row beside those of its utterance and answer."""

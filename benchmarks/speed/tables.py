@@ -62,6 +62,9 @@ def _end_to_end(rows: Sequence[Row]) -> str:
     energy = any(row.get("joules") for row in rows)
     head += ["J"] * energy
     base = _baseline(rows)
+    fresh = "first_token_fresh" in (base or rows[0])
+    if fresh:
+        head.insert(head.index("first token") + 1, "at a new length")
     compiled = any(row["compile"] for row in rows)
     lines = []
     for row in ordered(rows):
@@ -70,7 +73,8 @@ def _end_to_end(rows: Sequence[Row]) -> str:
             lines.append([name, _failure(row)])
             continue
         times = [f"{row[c]['median']:.1f}" if c in row else "" for c in ("audio_tower", "vision_tower", "compressor")]
-        folds = [_fold(row, base, lambda r, c=c: r[c]["median"]) for c in ("first_token", "answer")]
+        wholes = ("first_token", *["first_token_fresh"] * fresh, "answer")
+        folds = [_fold(row, base, lambda r, c=c: r[c]["median"]) if c in row else "" for c in wholes]
         line = [name, *_tokens(row), *times, f"{row['prefill']['median']:.1f}", *folds, f"{row['ms_per_token']:.1f}"]
         line += [_gigabytes(row), f"{row['kv_bytes'] / 1e6:,.0f}"]
         lines.append([*line, *[f"{row['joules']:.0f}" if row.get("joules") else ""] * energy])
