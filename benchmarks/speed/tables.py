@@ -174,9 +174,10 @@ def _tokens(row: Row) -> list[str]:
 
 
 def _fold(row: Row, base: Row | None, value: Callable[[Row], float], text: Callable[[Row], str] | None = None) -> str:
-    """Gives a number, and how many times better than transformers' it is."""
+    """Gives a number, and how many times better than transformers' it is, where both are of one run."""
     shown = text(row) if text else f"{value(row):,.0f}"
-    return shown if base is None or row is base else f"{shown} ({value(base) / value(row):.1f}×)"
+    compared = base is not None and row is not base and row["commit"] == base["commit"]
+    return f"{shown} ({value(base) / value(row):.1f}×)" if compared else shown  # type: ignore[arg-type]
 
 
 def _gigabytes(row: Row, name: str = "peak_allocated") -> str:
