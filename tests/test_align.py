@@ -27,7 +27,7 @@ from audiopress.benchmarks.alignment.batch import RATE, log_mel, patches
 from audiopress.benchmarks.alignment.card import publish
 from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
 from audiopress.benchmarks.alignment.makers import Makers
-from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, name_vectors
+from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, garbled, name_vectors
 from audiopress.benchmarks.alignment.speech import Prompt, SpeechBank, Texts, draw_pieces
 from audiopress.benchmarks.timeline import Options
 from audiopress.data.collator import PATCH_PIXELS, Encoder, OmniCollator
@@ -184,6 +184,15 @@ def test_the_loss_of_clips_is_that_of_the_ordinary_path(aligner, thinker, clips)
     assert set(losses) == {"text", "name", "clock"}
     torch.testing.assert_close(losses["text"], expected, rtol=1e-4, atol=1e-4)
     assert set(aligner(batch, towers_only=True)) == {"name"}
+
+
+def test_transcripts_alone_are_garbled(speech, clips):
+    batch = speech.batch(random.Random(0), 2000)
+    changed = garbled(batch, 10**6) != batch.ids
+    spoken = batch.labels != IGNORE
+    assert not changed[~spoken].any()
+    assert 0 < changed[spoken].float().mean() < 0.5
+    assert garbled(clips.batch(random.Random(0), 10), 10**6).equal(clips.batch(random.Random(0), 10).ids)
 
 
 def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811

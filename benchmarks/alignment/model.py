@@ -27,6 +27,7 @@ VECTOR_RATE = 0.2  # of its part's: norms and biases stand in every row's way
 CTC_WEIGHT = 0.5
 NAME_WEIGHT, NAME_TEMPERATURE = 0.5, 15.0
 CLOCK_WEIGHT, CLOCK_LAYER, CLOCK_WIDTH = 0.3, 1 / 2, 1.0  # the layer as a share of the depth; percent
+GARBLED = 0.15  # of a transcript's tokens: what the LLM reads as said so far is another one, so that it must listen
 CLOCK_PLACES = 2048  # of a batch, at which the clock is read
 MEL_MASKS = ((2, 12), (2, 25))  # (how many, the widest) of bins and of frames (10 ms), as in SpecAugment (1904.08779)
 
@@ -183,7 +184,8 @@ class Aligner(nn.Module):
             losses = {"name": NAME_WEIGHT * self._names(sound, pooled, batch.marks)}
         if towers_only:
             return losses
-        embeds = self.thinker.get_input_embeddings()(batch.ids).index_copy(1, batch.audio, sound)
+        ids = garbled(batch, self.thinker.get_input_embeddings().num_embeddings) if self.training else batch.ids
+        embeds = self.thinker.get_input_embeddings()(ids).index_copy(1, batch.audio, sound)
         if pictures is not None:
             embeds = embeds.index_copy(1, batch.video, pictures)
         positions = batch.positions[:, None].expand(-1, rows, -1)
@@ -260,6 +262,14 @@ def name_vectors(names: list[str], tokenizer: Any, embedding: Tensor) -> Tensor:
     ids = tokenizer([f" {name}" for name in names], add_special_tokens=False)["input_ids"]
     vectors = torch.stack([embedding[torch.tensor(i, device=embedding.device)].float().mean(dim=0) for i in ids])
     return (vectors - vectors.mean(dim=0)).detach()
+
+
+def garbled(batch: Batch, vocabulary: int) -> Tensor:
+    """Gives the ids of a batch with some of its transcripts' replaced by any; those of clips as they are."""
+    if batch.frames is not None:
+        return batch.ids
+    chosen = (batch.labels != IGNORE) & (torch.rand(batch.labels.shape) < GARBLED)
+    return batch.ids.where(~upload(chosen, batch.ids.device, torch.bool), torch.randint_like(batch.ids, vocabulary))
 
 
 def masked(mel: Tensor) -> Tensor:

@@ -27,10 +27,11 @@ SPEED, LEAD, TAIL = (0.9, 1.1), (0.0, 0.4), (0.1, 0.6)  # of an utterance: facto
 NOISY, NOISE_DB = 0.3, (-40.0, -15.0)  # share of utterances with noise, and its power against theirs
 DRAWN = 4096  # utterances that are sorted by length and cut into batches
 # Shares of the utterances: recorded prompts, pieces of them in other orders, synthetic voices.
-SHARES = {"recorded": 0.15, "pieces": 0.25, "synthetic": 0.6}
-# Shares of synthetic texts: sentences of common words, prompts and pieces of them, words alone, letters and numbers.
-KINDS = {"sentence": 0.35, "prompt": 0.2, "piece": 0.15, "words": 0.1, "spelled": 0.2}
-COMMON = 5000  # words that sentences are made of: of WordNet's sentences 47,000 hold no rarer one
+SHARES = {"recorded": 0.1, "pieces": 0.15, "synthetic": 0.75}
+# Shares of synthetic texts: sentences of common words, prompts and pieces of them, words in no order, and letters,
+# numbers and the like. With too many prompts and too few other words a model writes the prompt that is nearest.
+KINDS = {"sentence": 0.35, "prompt": 0.12, "piece": 0.1, "words": 0.25, "spelled": 0.18}
+COMMON = 20_000  # words that sentences are made of: of WordNet's sentences 119,000 hold no rarer one
 LONGEST = 20.0  # seconds of an utterance
 JOINS, PIECES = 3, 30  # rows of two to four recorded prompts, and of one to four pieces, for each prompt
 IN_A_ROW, PIECE_SECONDS = 3, 0.2  # so many pieces of one prompt at most, which last so long at least
@@ -95,17 +96,15 @@ class Texts:
             first = rng.randrange(len(words))
             return " ".join(words[first : first + rng.randint(1, 6)])
         if kind == "words":
-            return " ".join(rng.choice(self.words) for _ in range(rng.choice((1, 1, 1, 2, 3))))
+            return " ".join(rng.choice(self.words) for _ in range(rng.choice((1, 1, 1, 2, 3, 5, 8))))
         return _spelled(rng)
 
 
 def _spelled(rng: random.Random) -> str:
-    """Gives letters, numbers, or a word that counts or dates."""
-    few = rng.choice((1, 1, 1, 2, 3))
-    kind = rng.randrange(3)
-    if kind == 0:
-        return " ".join(rng.choice(_LETTERS) for _ in range(few))
-    return rng.choice(_OTHERS.split()) if kind == 1 else " ".join(_number(rng) for _ in range(few))
+    """Gives letters, numbers, or words that count, date, spell or name a character."""
+    drawn = (_LETTERS, _OTHERS.split(), None)[rng.randrange(3)]
+    few = rng.choice((1, 1, 1, 2, 3, 4))
+    return " ".join(_number(rng) if drawn is None else rng.choice(drawn) for _ in range(few))
 
 
 def _number(rng: random.Random) -> str:
