@@ -177,7 +177,7 @@ def of_each_clip(choose, budget, *inputs):
 def test_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     # No conftest: it imports models, which this file does without.
-    command = ["pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib", __file__]
+    command = ["pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib", "-n0", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     # From another folder: `-m` puts the present one, which has packages named as others are, on the path.
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=env, cwd=tmp_path)
