@@ -19,8 +19,8 @@ SUBPACKAGES = (
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.10.7", "tensorboard>=2.16", "rich>=13"]
 SPEECH = ["num2words>=0.5.13"]
-CHECKS = ["pytest>=8.3.4", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
-TEST = [*DEMO, *SPEECH, *CHECKS]
+CHECKS = ["ruff>=0.12", "mypy>=1.13", "pre-commit>=4", "pre-commit-hooks>=5"]
+TEST = [*DEMO, *SPEECH, "pytest>=8.3.4", "pytest-xdist>=3.6", "hypothesis>=6.100", *CHECKS]
 BENCH = [*DEMO, *SPEECH, "pandas>=2.1", "pycocoevalcap>=1.2", "altair>=6", "vl-convert-python>=1.9"]
 
 

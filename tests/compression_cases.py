@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -240,7 +242,7 @@ def make_clip(n: int, seed: int = 0, number: int = 0) -> tuple[TokenStream, Cont
         video=random(4 * frames, HIDDEN_SIZE),
         video_seconds=(torch.arange(4 * frames) // 4).float(),
         scene=scene,
-        first_layer=FirstLayer(),
+        first_layer=first_layer(),
         seed=seed,
     )
     return random(n, HIDDEN_SIZE), context
@@ -273,7 +275,7 @@ def join(clips: Sequence[tuple[TokenStream, Context]]) -> tuple[TokenStream, Con
             positions=cat([s.positions for s in scenes], places),
             sources=cat([s.sources + i for i, s in enumerate(scenes)], none),
         ),
-        first_layer=FirstLayer(),
+        first_layer=first_layer(),
         seed=contexts[0].seed if contexts else 0,
     )
     return pack(streams, HIDDEN_SIZE), context
@@ -294,14 +296,20 @@ class FirstLayer(nn.Module):
         self.requires_grad_(False)
 
 
+@functools.cache
+def first_layer() -> FirstLayer:
+    """One for all inputs: making it takes longer than most methods do."""
+    return FirstLayer()
+
+
 def to(context: Context, change: Callable[[torch.Tensor], torch.Tensor]) -> Context:
-    """Applies `change` to every tensor of a context, and to the weights of its layer."""
+    """Applies `change` to every tensor of a context, and to the weights of a copy of its layer."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return change(value)
         if isinstance(value, nn.Module):
-            return value._apply(change)
+            return copy.deepcopy(value)._apply(change)
         if dataclasses.is_dataclass(value):
             return dataclasses.replace(
                 value, **{f.name: walk(getattr(value, f.name)) for f in dataclasses.fields(value)}

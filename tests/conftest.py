@@ -3,10 +3,18 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tensors are tiny here: a second thread is waited for longer than it helps, far longer where other work has its core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from tiny import make_thinker
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for the whole default tier; what is less is over before a second one has imported everything."""
+    chosen = config.option.markexpr or config.option.keyword
+    return 0 if chosen or config.args_source is not pytest.Config.ArgsSource.TESTPATHS else 2
 
 
 def pytest_collection_modifyitems(config, items):

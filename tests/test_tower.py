@@ -50,7 +50,9 @@ def thinker():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("needs", [frozenset(), *(frozenset({n}) for n in sorted(NEEDS)), NEEDS], ids=str)
+@pytest.mark.parametrize(
+    "needs", [frozenset(), *(frozenset({n}) for n in sorted(NEEDS)), NEEDS], ids=["nothing", *sorted(NEEDS), "all"]
+)
 def test_step_by_step_equals_transformers(thinker, needs):
     want = thinker.get_audio_features(*features(), return_dict=True)
     want = want.pooler_output if want.pooler_output is not None else want.last_hidden_state

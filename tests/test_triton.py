@@ -177,7 +177,7 @@ def of_each_clip(choose, budget, *inputs):
 def test_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     # No conftest: it imports models, which this file does without.
-    command = ["pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib", __file__]
+    command = ["pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib", "-n0", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     # From another folder: `-m` puts the present one, which has packages named as others are, on the path.
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=env, cwd=tmp_path)
@@ -671,8 +671,9 @@ def test_received_attention_beyond_32_bits(far, dim, rows):
 @on_device
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "heads", "rows"])
 def test_causal_attention_beyond_32_bits(far, dim):
-    parts = [randn(3, 3, 200, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
-    bias = randn(3, 200, seed=3)
+    batch, heads = (3 if dim == d else 1 for d in (0, 1))
+    parts = [randn(batch, heads, 200, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    bias = randn(batch, 200, seed=3)
     near = causal_attention(*parts, bias, 0.25, "triton")
     for i, part in enumerate(parts):
         moved = [*parts[:i], far(part, dim), *parts[i + 1 :]]
