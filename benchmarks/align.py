@@ -38,7 +38,7 @@ from audiopress.benchmarks.alignment.pieces import cuts
 from audiopress.benchmarks.alignment.scores import aligned, speech_scores, time_scores
 from audiopress.benchmarks.alignment.speech import SpeechBank, Texts
 from audiopress.benchmarks.cells import Parser, check_device
-from audiopress.benchmarks.environment import environment, finish
+from audiopress.benchmarks.environment import device_name, environment, finish
 from audiopress.benchmarks.times.clips import TIMESTAMPS
 from audiopress.compression.base import check_count
 from audiopress.data import synthesis
@@ -156,7 +156,8 @@ class Training:
         try:
             began = time.perf_counter()
             self.makers.wait()
-            tell({"start": self.starts + 1, "waited": round(time.perf_counter() - began, 1)})
+            waited = round(time.perf_counter() - began, 1)
+            tell({"start": self.starts + 1, "waited": waited, "device": device_name(self.device)})
             self._run(tell)
         finally:
             self.makers.close()

@@ -126,11 +126,16 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or git("rev-parse", "HEAD") or None,
         "dirty": commit is None and bool(git("status", "--porcelain", "--untracked-files=no")),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
         "driver": _driver() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         **{name: _version(name) for name in ("torch", "transformers", "peft", "triton")},
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Gives the name of a GPU, or of the kind of processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def _driver() -> str | None:

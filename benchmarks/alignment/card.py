@@ -25,8 +25,7 @@ theirs, in 8 bits.
 
 ## Training
 
-`{recipe}`: {minutes:.0f} minutes and {steps:,} steps in {starts} on one {device} (torch {torch}, transformers
-{transformers}). {made}
+`{recipe}`: {minutes:.0f} minutes and {steps:,} steps in {starts}. {made}
 
 ## Scores
 
@@ -34,9 +33,9 @@ theirs, in 8 bits.
 |---|---|---|---|
 {scores}
 
-Uncompressed, greedy decoding, {dtype}, commit `{commit}`, {day}; `{measure}` measures them again. "Spelled alike" is
-after Whisper's own rules for English, by which `3` and `three` are the same. The intervals are bootstrap ones over
-prompts and over clips. No text of the test split was trained on, in any voice; its words were, in other texts. The
+Uncompressed, greedy decoding, {dtype}, {device}, torch {torch}, transformers {transformers}, commit `{commit}`, {day};
+`{measure}` measures them again. "Spelled alike" is after Whisper's own rules for English, by which `3` and `three` are
+the same. The intervals are bootstrap ones over prompts and over clips. No text of the test split was trained on, in any voice; its words were, in other texts. The
 test clips are made of the training clips' things and recordings: what is new in them is what happens when.
 
 ## Data
@@ -116,11 +115,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _made(log: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Tells what each start trained on: its last row."""
-    last = {row["start"]: row for row in log if "hours" in row}
-    for start, row in last.items():
+    """Tells what each start trained on, by its last row."""
+    starts: dict[int, dict[str, Any]] = {}
+    for row in log:
+        starts.setdefault(row["start"], {}).update(row)
+    for start, row in starts.items():
         heard = f"{row['hours']:.1f} hours of speech ({row['synthetic']:,} synthetic utterances, the others recorded)"
-        yield f"Start {start} had {heard} and {row['clips']:,} clips."
+        yield f"Start {start}, on one {row['device']}, had {heard} and {row['clips']:,} clips."
 
 
 def _scores(heard: dict[str, dict[str, Any]], time: dict[str, Any]) -> Iterator[str]:
