@@ -35,8 +35,9 @@ theirs, in 8 bits.
 
 Uncompressed, greedy decoding, {dtype}, {device}, torch {torch}, transformers {transformers}, commit `{commit}`, {day};
 `{measure}` measures them again. "Spelled alike" is after Whisper's own rules for English, by which `3` and `three` are
-the same. The intervals are bootstrap ones over prompts and over clips. No text of the test split was trained on, in any voice; its words were, in other texts. The
-test clips are made of the training clips' things and recordings: what is new in them is what happens when.
+the same. The intervals are bootstrap ones over prompts and over clips. No text of the test split was trained on, in any
+voice; its words were, in other texts. The test clips are made of the training clips' things and recordings: what is new
+in them is what happens when.
 
 ## Data
 
