@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -417,24 +417,31 @@ class CompressedOmni(nn.Module):
             losses["ctc"] = self.ctc_weight * self._ctc(inputs) / items
         return OmniOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, losses=losses, tokens=tokens)
 
-    @contextmanager
-    def services(self, inputs: LLMInputs) -> Iterator[nn.Module]:
+    def services(self, inputs: LLMInputs) -> AbstractContextManager[nn.Module]:
         """Gives the LLM, doing what the methods ask of it: proportional attention, other rotary sections."""
+        return self.reading(self.key_bias(inputs))
+
+    @contextmanager
+    def reading(self, key_bias: Tensor | None) -> Iterator[nn.Module]:
+        """Gives the LLM with a bias `[B, L']` on its keys, and the rotary sections that the method asks for."""
         language_model = parts.language_model(self.thinker)
+        sections = None if self.compressor is None else self.compressor.rope_sections
+        with biased_llm(language_model, key_bias), rope_sections(language_model, sections):
+            yield language_model
+
+    def key_bias(self, inputs: LLMInputs) -> Tensor | None:
+        """Gives the bias of proportional attention on every key, `[B, L']`; None where no method asks for it."""
         methods = {Kind.AUDIO: self.compressor, Kind.VIDEO: self.video_compressor}
         if self.compressor is not None and self.compressor.stage == "joint":
             methods[Kind.VIDEO] = self.compressor
         asking = [
             kind.value for kind, method in methods.items() if method is not None and method.proportional_attention
         ]
-        key_bias = None
-        if asking:
-            enable_key_bias(language_model.config)
-            merged = torch.stack([inputs.layout.kind == kind for kind in asking]).any(dim=0)
-            key_bias = size_bias(inputs.sizes, merged)
-        sections = None if self.compressor is None else self.compressor.rope_sections
-        with biased_llm(language_model, key_bias), rope_sections(language_model, sections):
-            yield language_model
+        if not asking:
+            return None
+        enable_key_bias(parts.language_model(self.thinker).config)
+        merged = torch.stack([inputs.layout.kind == kind for kind in asking]).any(dim=0)
+        return size_bias(inputs.sizes, merged)
 
     def ctc_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **media: Any) -> Tensor:
         """Computes CTC alone, per labelled token, without running the LLM; see `forward` for the arguments.

@@ -17,7 +17,7 @@ from audiopress.benchmarks.longvale import VideoEncoder
 from audiopress.benchmarks.times import testbed as testbed_module
 from audiopress.benchmarks.times.clips import TIMESTAMPS, Encoded, KeptClips, load_clips
 from audiopress.benchmarks.times.scores import Question, number, scores, things
-from audiopress.benchmarks.times.testbed import Recipe, TimeSettings, TimeTestbed
+from audiopress.benchmarks.times.testbed import WAITING, Recipe, TimeSettings, TimeTestbed
 from audiopress.data.collator import OmniCollator
 from audiopress.data.longvale import load_dialogues
 from audiopress.data.records import Record, user
@@ -216,14 +216,13 @@ def test_tokens_are_counted_once_per_clip(testbed):
 
 def test_rooms_decide_about_batches_not_about_answers(testbed):
     model = CompressedOmni(testbed.model.thinker, build_for(testbed.model.thinker, "none")).eval()
-    samples = testbed.asked.samples(model.compressor)[0]
-    longest = max(len(s["input_ids"]) for s in samples)
-    testbed.room = 3 * longest
-    batches = list(testbed._batches(model, samples))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(samples)))
-    assert max(map(len, batches)) == 2  # beside the tokens of the LLM there are those before compression
+    sample = testbed.asked.samples(model.compressor)[0][0]
+    length = len(sample["input_ids"])
+    assert testbed._size(model, sample) == length + length // WAITING
+    testbed.room = 10
+    assert list(testbed._batches([4, 2, 11, 3])) == [[1, 3], [0], [2]]
     whole = testbed(CELL)
-    testbed.room = 1  # a batch has one question at least
+    testbed.room = 1  # a batch has one clip at least
     assert whole["by_clip"] == testbed(CELL)["by_clip"]
 
 

@@ -27,6 +27,7 @@ from audiopress.data.longvale import load_dialogues
 from audiopress.data.records import Record
 from audiopress.data.timeline import SPLITS, Split
 from audiopress.models import CompressedOmni, storage
+from audiopress.models.asking import answer
 from audiopress.models.layout import Kind
 from audiopress.models.loading import build_for
 from audiopress.models.omni import tokens_left
@@ -180,15 +181,14 @@ class TimeTestbed:
             The answers by the ids of the questions' records.
         """
         answers: dict[str, str] = {}
-        samples = [sample for clip in self.asked.samples(model.compressor) for sample in clip]
-        pairs = list(zip(self.questions, samples, strict=True))
-        for task, tokens in NEW_TOKENS.items():
-            own = [pair for pair in pairs if pair[0].kind.task == task]
-            for batch in self._batches(model, [sample for _, sample in own]):
-                inputs = self._collate([own[i][1] for i in batch])
-                generated = model.generate(**inputs, max_new_tokens=longest or tokens)
-                texts = self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
-                answers |= {own[i][0].record.id: text.strip() for i, text in zip(batch, texts, strict=True)}
+        samples = self.asked.samples(model.compressor)
+        sizes = [len(clip) * max(self._size(model, sample) for sample in clip) for clip in samples]
+        for batch in self._batches(sizes):
+            groups = [self._collate(samples[i]) for i in batch]
+            for i, ids in zip(batch, answer(model, groups, longest or max(NEW_TOKENS.values())), strict=True):
+                for question, new in zip(self.clips[i].questions, ids, strict=True):
+                    new = new[: longest or NEW_TOKENS[question.kind.task]]
+                    answers[question.record.id] = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
         return answers
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class TimeTestbed:
         """Counts the tokens of each clip once, before and after, and those of the sound while something is heard."""
         tokens = {"audio": [0, 0], "video": [0, 0]}
         while_heard = [0, 0]
-        for batch in self._batches(model, samples):
+        for batch in self._batches([self._size(model, sample) for sample in samples]):
             inputs, _ = model.encode(**self._collate([samples[i] for i in batch]))
             for kind in (Kind.AUDIO, Kind.VIDEO):
                 counts = tokens[kind.name.lower()]
@@ -233,18 +233,18 @@ class TimeTestbed:
             },
         }
 
-    def _batches(self, model: CompressedOmni, samples: Sequence[Sample]) -> Iterator[list[int]]:
-        """Gives batches as indices, samples of nearly the same length together, that take no more than the room."""
+    @staticmethod
+    def _size(model: CompressedOmni, sample: Sample) -> int:
+        """Gives the room that a sample takes, in tokens of the LLM."""
         ids = model.token_ids
+        audio, video = (int((sample["input_ids"] == token).sum()) for token in (ids.audio, ids.video))
+        whole = len(sample["input_ids"])
+        return whole - audio - video + tokens_left(model.compressor, None, audio, video) + whole // WAITING
 
-        def size(sample: Sample) -> int:
-            audio, video = (int((sample["input_ids"] == token).sum()) for token in (ids.audio, ids.video))
-            whole = len(sample["input_ids"])
-            return whole - audio - video + tokens_left(model.compressor, None, audio, video) + whole // WAITING
-
-        sizes = [size(sample) for sample in samples]
+    def _batches(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+        """Gives batches as indices, what is of nearly one size together, that take no more than the room."""
         batch: list[int] = []
-        for i in sorted(range(len(samples)), key=sizes.__getitem__):
+        for i in sorted(range(len(sizes)), key=sizes.__getitem__):
             if batch and (len(batch) + 1) * sizes[i] > self.room:
                 yield batch
                 batch = []
