@@ -58,7 +58,7 @@ def answer(model: CompressedOmni, groups: Sequence[Mapping[str, Any]], max_new_t
         The new ids `[B, new]` of each group; after an answer's end that token is repeated.
 
     Raises:
-        ValueError: a prompt does not end in text, or those of a group do not begin with the same token.
+        ValueError: a prompt does not end in text.
     """
     with deferred_checks():
         begun = [_begin(model, group) for group in groups]
@@ -106,18 +106,8 @@ def _begin(model: CompressedOmni, group: Mapping[str, Any]) -> Begun:
         raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
     bias = model.key_bias(inputs)
     shared = common(inputs)
-    if not shared:
-        raise ValueError("the prompts of a group must begin with the same token, and have two tokens or more")
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    with model.reading(None if bias is None else bias[:1, :shared]) as language_model:
-        language_model(
-            inputs_embeds=inputs.embeds[:1, :shared],
-            attention_mask=inputs.mask[:1, :shared],
-            position_ids=inputs.positions[:, :1, :shared],
-            past_key_values=cache,
-        )
     return Begun(
-        [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers],
+        _states(model, inputs, bias, shared),
         inputs.embeds[:, shared:],
         (inputs.mask[:, :shared], inputs.mask[:, shared:]),
         inputs.positions[:, :, shared:].movedim(0, 2),
@@ -125,8 +115,26 @@ def _begin(model: CompressedOmni, group: Mapping[str, Any]) -> Begun:
     )
 
 
+def _states(model: CompressedOmni, inputs: LLMInputs, bias: Tensor | None, shared: int) -> list[tuple[Tensor, Tensor]]:
+    """Reads the first tokens of the first prompt; see `Begun`."""
+    text = model.config.get_text_config(decoder=True)
+    if not shared:
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        none = inputs.embeds.new_zeros(1, 0, text.num_key_value_heads, size)
+        return [(none, none)] * text.num_hidden_layers
+    cache = DynamicCache(config=text)
+    with model.reading(None if bias is None else bias[:1, :shared]) as language_model:
+        language_model(
+            inputs_embeds=inputs.embeds[:1, :shared],
+            attention_mask=inputs.mask[:1, :shared],
+            position_ids=inputs.positions[:, :1, :shared],
+            past_key_values=cache,
+        )
+    return [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers]
+
+
 def common(inputs: LLMInputs) -> int:
-    """Gives how many tokens all prompts begin with: at least one of each is left over."""
+    """Gives how many tokens all prompts begin with; at least one of each is left over."""
     first = inputs.embeds[:1].float()
     near = NEAR if inputs.embeds.dtype == torch.float32 else NEAR_IN_HALF
     away = (inputs.embeds.float() - first).abs().amax(dim=2) > near * first.square().mean().sqrt()
