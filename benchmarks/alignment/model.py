@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
-from audiopress.benchmarks.alignment.batch import Batch, Mark, log_mel, patches
+from audiopress.benchmarks.alignment.batch import Batch, log_mel, patches
 from audiopress.compression import TokenStream
 from audiopress.kernels.packed import upload
 from audiopress.models import delta, parts
@@ -179,9 +179,7 @@ class Aligner(nn.Module):
             losses = {"ctc": CTC_WEIGHT * self._ctc(sound, batch)}
         else:
             assert pictures is not None
-            groups = batch.frames.shape[1] // 2
-            pooled = pictures.unflatten(1, (groups, -1)).mean(dim=2)  # [B, groups, D]
-            losses = {"name": NAME_WEIGHT * self._names(sound, pooled, batch.marks)}
+            losses = {"name": NAME_WEIGHT * self._names(sound, pictures, batch)}
         if towers_only:
             return losses
         ids = garbled(batch, self.thinker.get_input_embeddings().num_embeddings) if self.training else batch.ids
@@ -217,20 +215,22 @@ class Aligner(nn.Module):
         loss = self.ctc(stream, batch.answers, self.thinker.get_input_embeddings().weight)
         return loss / sum(map(len, batch.answers))
 
-    def _names(self, sound: Tensor, pictures: Tensor, marks: list[Mark]) -> Tensor:
-        """Gives the cross-entropy of what is heard or seen in the time of each mark, by the cosine to its name."""
+    def _names(self, sound: Tensor, pictures: Tensor, batch: Batch) -> Tensor:
+        """Gives the cross-entropy of what is heard or seen in the time of each mark, by the cosine to its name.
+
+        It is told from one token, drawn anew every time: the LLM looks at tokens, not at their mean.
+        """
+        assert batch.frames is not None
+        per_group = 2 * pictures.shape[1] // batch.frames.shape[1]
         losses = []
-        for tokens, heard in ((sound, True), (pictures, False)):
-            own = [mark for mark in marks if mark.heard == heard]
+        for tokens, heard, each in ((sound, True, 1), (pictures, False, per_group)):
+            own = [mark for mark in batch.marks if mark.heard == heard]
             if not own:
                 continue
-            rows, length, width = tokens.shape
-            pool = torch.zeros(len(own), rows, length)
-            for i, mark in enumerate(own):
-                pool[i, mark.row, mark.start : mark.end] = 1 / (mark.end - mark.start)
-            means = upload(pool.flatten(1), tokens.device, tokens.dtype) @ tokens.reshape(-1, width)  # [marks, D]
-            logits = NAME_TEMPERATURE * F.normalize(means.float(), dim=1) @ F.normalize(self.names, dim=1).T
-            losses.append(F.cross_entropy(logits, upload([mark.name for mark in own], logits.device)))
+            row, start, end, name = torch.tensor([[m.row, m.start * each, m.end * each, m.name] for m in own]).T
+            at = (start + torch.rand(len(own)) * (end - start)).long().minimum(end - 1)
+            told = F.normalize(_at(tokens, row, at).float(), dim=1) @ F.normalize(self.names, dim=1).T
+            losses.append(F.cross_entropy(NAME_TEMPERATURE * told, upload(name, told.device)))
         return torch.stack(losses).mean()
 
     def _clock(self, hidden: Tensor, percent: Tensor, began: Tensor) -> Tensor:
