@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..compression.checks import deferred_checks
@@ -74,29 +74,37 @@ def answer(model: CompressedOmni, groups: Sequence[Mapping[str, Any]], max_new_t
     mask = torch.cat([_stacked([one.mask[i] for one in begun]) for i in (0, 1)], dim=1)
     biases = [one.bias for one in begun if one.bias is not None]
     bias = torch.cat([_stacked([one[i] for one in biases]) for i in (0, 1)], dim=1) if biases else None
-
-    written: list[Tensor] = []
-    ends = torch.tensor(storage.eos_ids(model.thinker), device=rest.device)
-    embed, head = model.thinker.get_input_embeddings(), model.thinker.get_output_embeddings()
-    at = mask[:, -rest.shape[1] :].sum(dim=1) - 1  # where each prompt ends
-    over = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
-    place = torch.arange(len(rest), device=rest.device)
-    last = positions[place, at]  # [B, 4]
     with model.reading(bias) as language_model:
-        for step in range(max_new_tokens):
-            states = language_model(
-                inputs_embeds=rest, attention_mask=mask, position_ids=positions.movedim(2, 0), past_key_values=cache
-            ).last_hidden_state
-            new = head(states[place, at]).argmax(dim=1)
-            if step:
-                new = torch.where(over, written[-1], new)
-            written.append(new)
-            over |= torch.isin(new, ends)
-            if over.all():
-                break
-            rest, mask = embed(new)[:, None], F.pad(mask, (0, 1), value=1)
-            positions, at = (last + 1 + step)[:, None], torch.zeros_like(at)
-    return list(torch.stack(written, dim=1).split(rows))
+        return list(_write(model, language_model, cache, rest, mask, positions, max_new_tokens).split(rows))
+
+
+def _write(
+    model: CompressedOmni,
+    language_model: nn.Module,
+    cache: DynamicCache,
+    rest: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    max_new_tokens: int,
+) -> Tensor:
+    """Goes on greedily from what is in the cache and what comes after it; gives the new ids `[B, new]`."""
+    ends = torch.tensor(storage.eos_ids(model.thinker), dtype=torch.long, device=rest.device)
+    embed, head = model.thinker.get_input_embeddings(), model.thinker.get_output_embeddings()
+    row = torch.arange(len(rest), device=rest.device)
+    at = mask[:, -rest.shape[1] :].sum(dim=1) - 1  # where each prompt ends
+    last = positions[row, at]  # [B, 4]
+    written: list[Tensor] = []
+    over = torch.zeros_like(at, dtype=torch.bool)
+    while not over.all() and len(written) < max_new_tokens:
+        states = language_model(
+            inputs_embeds=rest, attention_mask=mask, position_ids=positions.movedim(2, 0), past_key_values=cache
+        ).last_hidden_state
+        new = head(states[row, at]).argmax(dim=1)
+        written.append(torch.where(over, written[-1], new) if written else new)
+        over |= torch.isin(new, ends)
+        rest, mask = embed(new)[:, None], F.pad(mask, (0, 1), value=1)
+        positions, at = (last + len(written))[:, None], torch.zeros_like(at)
+    return torch.stack(written, dim=1)
 
 
 def _begin(model: CompressedOmni, group: Mapping[str, Any]) -> Begun:
