@@ -141,7 +141,6 @@ def main() -> None:
         names = [field.name for field in dataclasses.fields(TimeSettings) if field.name != "recipe"]
         settings = TimeSettings(**{name: getattr(args, name) for name in names}, recipe=recipe)
         device = check_device(args.device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # in training it would plan every step's shape anew
         cells = make_cells(args, settings)
         testbed = settings.open(args.workers, device)
     except (ValueError, OSError, FetchError) as error:

@@ -205,7 +205,7 @@ def counts(model: CompressedOmni, inputs: LLMInputs) -> dict[str, Any]:
     """Counts tokens before and after, what of them is kept, the longest sequence and the bytes of the KV cache."""
     tokens = {kind.name.lower(): inputs.count(kind) for kind in (Kind.AUDIO, Kind.VIDEO)}
     text = model.config.get_text_config()
-    size = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    size = text.num_key_value_heads * parts.head_size(text)
     return {
         "tokens": tokens,
         "kept": {name: after / before for name, (before, after) in tokens.items() if before},

@@ -83,7 +83,7 @@ def causal_attention(
     return mixed[..., :size]
 
 
-def has_causal_kernel(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None) -> bool:
+def has_causal_kernel(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None) -> bool:
     """Tells whether the kernel of `causal_attention` takes these: half precision, no gradient, 2^n channels."""
     size = query.shape[-1]
     fits = query.dtype == key.dtype == value.dtype in HALF and 16 <= size <= 128 and size & (size - 1) == 0

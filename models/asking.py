@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..compression.checks import deferred_checks
-from . import storage
+from . import parts, storage
 from .omni import CompressedOmni
 from .rewrite import LLMInputs
 
@@ -110,8 +110,7 @@ def _write(
 def _begin(model: CompressedOmni, group: Mapping[str, Any]) -> Begun:
     """Reads what the prompts of a group begin with."""
     inputs, _ = model.encode(**group)
-    if model.positions == "original" and not inputs.before.ends_in_text():
-        raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
+    model.check_prompts(inputs)
     bias = model.key_bias(inputs)
     shared = common(inputs)
     return Begun(
@@ -127,8 +126,7 @@ def _states(model: CompressedOmni, inputs: LLMInputs, bias: Tensor | None, share
     """Reads the first tokens of the first prompt; see `Begun`."""
     text = model.config.get_text_config(decoder=True)
     if not shared:
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        none = inputs.embeds.new_zeros(1, 0, text.num_key_value_heads, size)
+        none = inputs.embeds.new_zeros(1, 0, text.num_key_value_heads, parts.head_size(text))
         return [(none, none)] * text.num_hidden_layers
     cache = DynamicCache(config=text)
     with model.reading(None if bias is None else bias[:1, :shared]) as language_model:

@@ -107,15 +107,14 @@ def build_for(thinker: nn.Module, method: str, **options: Any) -> Compressor:
         ValueError: an unknown method or option, or one that the thinker's audio tower is not deep enough for.
     """
     text = thinker.config.get_text_config()
-    heads = text.num_attention_heads
     compressor = build(
         method,
         hidden_size=thinker.get_input_embeddings().embedding_dim,
         encoder_size=parts.audio_tower(thinker).config.d_model,
         llm=LLMShape(
-            heads=heads,
+            heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
-            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            head_size=parts.head_size(text),
             mlp_size=text.intermediate_size,
             rope_theta=text.rope_parameters["rope_theta"],
             rope_sections=tuple(text.rope_parameters["mrope_section"]),

@@ -472,6 +472,11 @@ class CompressedOmni(nn.Module):
                 targets[own[0]] = labels[(labels != IGNORE) & ~torch.isin(labels, special)]
         return self.alignment(audio, targets, self.thinker.get_input_embeddings().weight)
 
+    def check_prompts(self, inputs: LLMInputs) -> None:
+        """Raises ValueError where a prompt does not end in text: there a next position cannot be told from the last."""
+        if self.positions == "original" and not inputs.before.ends_in_text():
+            raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
+
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Generates answers with transformers' own `generate`, greedily unless told otherwise.
@@ -502,8 +507,7 @@ class CompressedOmni(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, media: dict[str, Any], kwargs: dict[str, Any]
     ) -> Tensor:
         inputs, _ = self.encode(input_ids, attention_mask, padding_side="left", **media)
-        if self.positions == "original" and not inputs.before.ends_in_text():
-            raise ValueError("every prompt must end in text: use the chat template with add_generation_prompt=True")
+        self.check_prompts(inputs)
         if "generation_config" not in kwargs:
             mixed = torch.is_autocast_enabled(inputs.embeds.device.type)  # keys and values then differ in type
             if takes_static_cache(kwargs, self.static_cache and not mixed):

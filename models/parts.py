@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 # Class names are stable from transformers 5.17 on; attribute paths are not.
@@ -42,3 +44,8 @@ def vision_tower(thinker: nn.Module) -> nn.Module:
 def language_model(thinker: nn.Module) -> nn.Module:
     """Gives the LLM without its head."""
     return find(thinker, LANGUAGE_MODEL)[1]
+
+
+def head_size(text: Any) -> int:
+    """Gives the channels of an attention head, of the LLM's config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -48,7 +48,7 @@ def test_answers_are_those_of_generate(name, positions, side):
         assert ids[:, : told.shape[1]].tolist() == told.tolist()
 
 
-def test_what_they_begin_with_is_read_once(monkeypatch):
+def test_what_they_begin_with_is_read_once():
     model = make_model("pooling")
     inputs, _ = model.encode(**group(1, (3, 6, 2)))
     ends = inputs.mask.sum(dim=1)

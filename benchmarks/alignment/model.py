@@ -27,8 +27,8 @@ VECTOR_RATE = 0.2  # of its part's: norms and biases stand in every row's way
 CTC_WEIGHT = 0.5
 NAME_WEIGHT, NAME_TEMPERATURE = 0.5, 15.0
 CLOCK_WEIGHT, CLOCK_LAYER, CLOCK_WIDTH = 0.3, 1 / 2, 1.0  # the layer as a share of the depth; percent
-GARBLED = 0.15  # of a transcript's tokens: what the LLM reads as said so far is another one, so that it must listen
 CLOCK_PLACES = 2048  # of a batch, at which the clock is read
+GARBLED = 0.15  # of a transcript's tokens: what the LLM reads as said so far is another one, so that it must listen
 MEL_MASKS = ((2, 12), (2, 25))  # (how many, the widest) of bins and of frames (10 ms), as in SpecAugment (1904.08779)
 
 

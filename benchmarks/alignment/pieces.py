@@ -64,10 +64,11 @@ def cut(whisper: CompressedWhisper, wave: np.ndarray, text: str) -> list[tuple[s
     firsts = np.cumsum(counts)
     if firsts[-1] + 1 != len(starts):
         raise ValueError(f"the words of {text!r} have {firsts[-1]} tokens, the text {len(starts) - 1}")
+    quiet = QUIET * np.square(wave, dtype=np.float64).mean()
     pieces, begun, last = [], 0, 0.0
     for i, first in enumerate(firsts[:-1], start=1):
         second, power = quietest(wave, starts[first])
-        if power < QUIET * np.square(wave, dtype=np.float64).mean() and second > last:
+        if power < quiet and second > last:
             pieces.append((" ".join(words[begun:i]), second))
             begun, last = i, second
     return [*pieces, (" ".join(words[begun:]), len(wave) / RATE)]

@@ -94,6 +94,7 @@ class TimeTestbed:
         room: int | None = None,
         workers: int = 0,
     ) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan the shape of every batch anew
         self.model = model
         self.processor = processor
         self.clips = clips
