@@ -1,4 +1,4 @@
-"""Sentences and words to be spoken: WordNet's glosses and its common words, from Debian's package."""
+"""Sentences to be spoken: WordNet's glosses and examples, from Debian's package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ PACKAGE = packages.Package(
         "usr/share/wordnet/data.verb": "adcf43e35b581e8036d8b5a52d63d9cd3d3b4870b2720d3c03c799df44777bc2",
         "usr/share/wordnet/data.adj": "c89120dfc1f046ddff4a631bf9b7e9fa1a36b5e86565a23bf82dbe14f30b88a7",
         "usr/share/wordnet/data.adv": "444a63bf3955080ab7524f5079cfc07ff9bc682cb98bdb1db73b0fb9829f1139",
-        "usr/share/wordnet/cntlist.rev": "a198580b8f705fa02797bba8b13e5cbe4a9f9f40cb1697e774c7fc6a5865b035",
         "usr/share/doc/wordnet-base/copyright": "f461bac9a5a1810c4fe1e3cec0a980f79406e3a8c1c147f3874979fb00e2cc0e",
     },
     "WordNet (BSD-like)",
@@ -41,22 +40,6 @@ def sentences(download: bool = True) -> list[str]:
     folder = packages.ensure(PACKAGE, download)
     files = [folder / name for name in PACKAGE.files if "/data." in name]
     return list(dict.fromkeys(sentence for file in files for sentence in _sentences(file)))
-
-
-def words(download: bool = True) -> list[str]:
-    """Gives the words that occur in WordNet's tagged texts, the commonest first: `be`, `person`, `say`, ...
-
-    Raises:
-        FetchError: as for `sentences`.
-    """
-    counts: dict[str, int] = {}
-    listing = packages.ensure(PACKAGE, download) / "usr/share/wordnet/cntlist.rev"
-    for line in listing.read_text("ascii").splitlines():
-        key, _, count = line.split()
-        word = key.partition("%")[0].replace("_", " ")
-        if _PLAIN.fullmatch(word):
-            counts[word] = counts.get(word, 0) + int(count)
-    return sorted(counts, key=lambda word: -counts[word])
 
 
 def _sentences(file: Path) -> Iterator[str]:

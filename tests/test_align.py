@@ -213,6 +213,26 @@ def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811
     assert len({tuple(ids) for ids in first.ids}) > 1
 
 
+def test_hints_are_added_where_things_are_heard_and_seen(aligner, clips):
+    batch = clips.batch(random.Random(0), 10**6)
+    pictures = torch.randn(2, len(batch.video), aligner.names.shape[1])
+    seen = [mark for mark in batch.marks if not mark.heard]
+    each = len(batch.video) // 12
+    added = aligner._hint(pictures, seen, each) - pictures
+    for row in range(2):
+        shown = {i: m.name for m in seen if m.row == row for i in range(m.start * each, m.end * each)}
+        for i in range(len(batch.video)):
+            if i not in shown:
+                assert not added[row, i].any()
+                continue
+            assert float(added[row, i].norm()) == pytest.approx(float(pictures[row, i].norm()), rel=1e-4)
+            assert torch.cosine_similarity(added[row, i], aligner.names, dim=1).argmax() == shown[i]
+    assert aligner._hint(pictures, [], each) is pictures
+    aligner.eval()
+    plain, hinted = (float(aligner(batch, False, share)["text"]) for share in (0.0, 1.0))
+    assert plain != hinted
+
+
 def test_makers_of_clips_can_be_sent_to_processes(maker):
     sent = pickle.loads(pickle.dumps(maker))(5, 24)
     assert sent.ids == maker(5, 24).ids
@@ -283,7 +303,7 @@ def test_changes_are_stored_small(thinker, processor, tmp_path):
 
 
 def test_texts_are_of_every_kind_and_of_the_train_split():
-    texts = Texts(["Press the pound key."], ["A set of two."], ["person", "cut back", "twelfth"])
+    texts = Texts(["Press the pound key."], ["A set of two."], {"person": 1, "cut": 2, "twelfth": 1})
     rng = random.Random(0)
     drawn = [texts.draw(rng) for _ in range(12_000)]
     wanted = ["Press the pound key.", "the pound", "A set of two.", "person", "B", "twentieth", "zulu", "one hundred"]
@@ -321,7 +341,7 @@ def test_processes_that_die_are_started_anew(maker, speech, clips, forks, monkey
     """Those of this test end at once."""
     monkeypatch.setattr(makers, "_start", lambda maker: os._exit(1))
     with pytest.raises(BrokenProcessPool):
-        Makers(speech, clips, Texts(["Yes"], ["Yes"], ["yes"]), maker, most=1000, workers=1, seed=0).wait()
+        Makers(speech, clips, Texts(["Yes"], ["Yes"], {"yes": 1}), maker, most=1000, workers=1, seed=0).wait()
     assert caplog.text.count("has died: all are started anew") == makers.RESTARTS
 
 
@@ -354,7 +374,7 @@ def test_the_whole_run(processor, stamps, prompts, forks, monkeypatch, tmp_path,
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.NEW_TOKENS", 3)
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.ANSWER_TOKENS", 3)
     monkeypatch.setattr("audiopress.benchmarks.alignment.scores.Options", lambda: Options(seconds=(24, 27), size=64))
-    monkeypatch.setattr(align.Texts, "load", classmethod(lambda cls, records: cls([], [], [])))
+    monkeypatch.setattr(align.Texts, "load", classmethod(lambda cls, records: cls([], [], {})))
     heads = []
     monkeypatch.setattr(Aligner, "load_heads", lambda self, tensors: heads.append((self.heads(), tensors)))
     options = "--of 9 --minutes 9 --tokens 500 --hours 0.2 --clips 4 --workers 1 --test-clips 1 --device cpu"

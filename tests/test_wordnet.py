@@ -13,13 +13,6 @@ NOUNS = """\
 00001930 03 n 01 thing 0 000 | an amount of 3 percent; a set of two; the U.S. army; too short
 00002000 03 n 01 other 0 000 | a set of two
 """
-COUNTS = """\
-be%2:42:03:: 1 742
-cut_back%2:30:00:: 1 4
-a.m.%4:02:00:: 1 9
-person%1:03:00:: 1 833
-be%2:42:06:: 2 300
-"""
 
 
 @pytest.fixture
@@ -29,7 +22,6 @@ def package(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     for name in ("noun", "verb", "adj", "adv"):
         (folder / f"data.{name}").write_text(LICENCE + (NOUNS if name == "noun" else ""))
-    (folder / "cntlist.rev").write_text(COUNTS)
     monkeypatch.setattr(wordnet.packages, "ensure", lambda package, download: tmp_path)
 
 
@@ -37,25 +29,19 @@ def test_glosses_become_sentences(package):
     assert wordnet.sentences() == ["That which is perceived.", "They called it the end then.", "A set of two."]
 
 
-def test_words_come_commonest_first(package):
-    assert wordnet.words() == ["be", "person", "cut back"]
-
-
 def test_an_empty_cache_says_how_to_fill_it(monkeypatch, tmp_path):
     monkeypatch.setenv("AUDIOPRESS_CACHE", str(tmp_path))
-    for read in (wordnet.sentences, wordnet.words):
-        with pytest.raises(FetchError, match=r"wordnet-base is not in the cache .*`python benchmarks/align\.py`"):
-            read(download=False)
+    with pytest.raises(FetchError, match=r"wordnet-base is not in the cache .*`python benchmarks/align\.py`"):
+        wordnet.sentences(download=False)
 
 
 def test_the_real_one():
     try:
-        sentences, words = wordnet.sentences(download=False), wordnet.words(download=False)
+        sentences = wordnet.sentences(download=False)
     except FetchError as error:
         pytest.skip(str(error))
     assert len(sentences) > 100_000
     assert len(set(sentences)) == len(sentences)
-    assert words[:2] == ["be", "person"]
     assert not {character for text in sentences for character in text} - set(
         "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz ,.'-"
     )

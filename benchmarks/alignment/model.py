@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
-from audiopress.benchmarks.alignment.batch import Batch, log_mel, patches
+from audiopress.benchmarks.alignment.batch import Batch, Mark, log_mel, patches
 from audiopress.compression import TokenStream
 from audiopress.kernels.packed import upload
 from audiopress.models import delta, parts
@@ -166,12 +166,14 @@ class Aligner(nn.Module):
         for name, parameter in self.heads().items():
             parameter.copy_(tensors[name])
 
-    def forward(self, batch: Batch, towers_only: bool) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, towers_only: bool, hinted: float = 0.0) -> dict[str, Tensor]:
         """Gives the losses, weighted, by name: the answers' (`text`), and of speech `ctc`, of clips `name` and `clock`.
 
         Args:
             batch: of utterances or of clips.
             towers_only: without those that need the LLM.
+            hinted: share of the clips whose tokens the LLM gets with the names of what is heard and seen added: so it
+                can learn to look things up before the towers can name them.
         """
         sound, pictures = self.encode(batch)
         rows = len(batch.ids)
@@ -183,6 +185,11 @@ class Aligner(nn.Module):
         if towers_only:
             return losses
         ids = garbled(batch, self.thinker.get_input_embeddings().num_embeddings) if self.training else batch.ids
+        if pictures is not None and hinted:
+            chosen = (torch.rand(rows) < hinted).tolist()
+            marks = [mark for mark in batch.marks if chosen[mark.row]]
+            sound = self._hint(sound, [mark for mark in marks if mark.heard])
+            pictures = self._hint(pictures, [mark for mark in marks if not mark.heard], _per_group(pictures, batch))
         embeds = self.thinker.get_input_embeddings()(ids).index_copy(1, batch.audio, sound)
         if pictures is not None:
             embeds = embeds.index_copy(1, batch.video, pictures)
@@ -220,10 +227,8 @@ class Aligner(nn.Module):
 
         It is told from one token, drawn anew every time: the LLM looks at tokens, not at their mean.
         """
-        assert batch.frames is not None
-        per_group = 2 * pictures.shape[1] // batch.frames.shape[1]
         losses = []
-        for tokens, heard, each in ((sound, True, 1), (pictures, False, per_group)):
+        for tokens, heard, each in ((sound, True, 1), (pictures, False, _per_group(pictures, batch))):
             own = [mark for mark in batch.marks if mark.heard == heard]
             if not own:
                 continue
@@ -232,6 +237,18 @@ class Aligner(nn.Module):
             told = F.normalize(_at(tokens, row, at).float(), dim=1) @ F.normalize(self.names, dim=1).T
             losses.append(F.cross_entropy(NAME_TEMPERATURE * told, upload(name, told.device)))
         return torch.stack(losses).mean()
+
+    def _hint(self, tokens: Tensor, marks: Sequence[Mark], each: int = 1) -> Tensor:
+        """Adds to tokens `[B, N, D]` in the time of each mark the direction of its name, as long as they are."""
+        flat, own = tokens.flatten(0, 1), tokens.shape[1]
+        at = [torch.arange(m.start * each, m.end * each) + m.row * own for m in marks]
+        if not at:
+            return tokens
+        name = torch.tensor([m.name for m in marks]).repeat_interleave(torch.tensor([len(one) for one in at]))
+        index = upload(torch.cat(at), tokens.device)
+        names = F.normalize(self.names, dim=1)[upload(name, tokens.device)]
+        hints = names * flat.detach()[index].float().norm(dim=1, keepdim=True)
+        return flat.index_add(0, index, hints.to(flat.dtype)).view_as(tokens)
 
     def _clock(self, hidden: Tensor, percent: Tensor, began: Tensor) -> Tensor:
         """Gives the cross-entropies of two percents of the clip, told from a layer's states: now, and what began when.
@@ -250,6 +267,12 @@ class Aligner(nn.Module):
             target = (-0.5 * (away / CLOCK_WIDTH).square()).softmax(dim=1)
             losses.append(F.cross_entropy(self.clock(_at(hidden, row, at).float())[:, part], target))
         return torch.stack(losses).sum()
+
+
+def _per_group(pictures: Tensor, batch: Batch) -> int:
+    """Gives the tokens `[B, Nv, D]` of a pair of frames."""
+    assert batch.frames is not None
+    return 2 * pictures.shape[1] // batch.frames.shape[1]
 
 
 def _at(hidden: Tensor, row: Tensor, at: Tensor) -> Tensor:
@@ -300,13 +323,14 @@ class Steps:
         fused = self.tensors[0].is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
 
-    def __call__(self, batch: Batch, scale: float, towers_only: bool) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, scale: float, towers_only: bool, hinted: float = 0.0) -> dict[str, Tensor]:
         """Makes a step.
 
         Args:
             batch: to learn from.
             scale: of the rates.
             towers_only: see `Aligner`.
+            hinted: see `Aligner`.
 
         Returns:
             The losses, on the device.
@@ -314,7 +338,7 @@ class Steps:
         for group in self.optimizer.param_groups:
             group["lr"] = scale * group["peak"]
         self.changes.write()
-        losses = self.aligner(batch, towers_only)
+        losses = self.aligner(batch, towers_only, hinted)
         torch.stack(list(losses.values())).sum().backward()
         self.changes.collect()
         torch.nn.utils.clip_grad_norm_(self.tensors, 1.0)

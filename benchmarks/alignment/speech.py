@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,9 @@ DRAWN = 4096  # utterances that are sorted by length and cut into batches
 SHARES = {"recorded": 0.1, "pieces": 0.15, "synthetic": 0.75}
 # Shares of synthetic texts: sentences of common words, prompts and pieces of them, words in no order, and letters,
 # numbers and the like. With too many prompts and too few other words a model writes the prompt that is nearest.
-KINDS = {"sentence": 0.35, "prompt": 0.12, "piece": 0.1, "words": 0.25, "spelled": 0.18}
+KINDS = {"sentence": 0.3, "prompt": 0.12, "piece": 0.1, "words": 0.3, "spelled": 0.18}
 COMMON = 20_000  # words that sentences are made of: of WordNet's sentences 119,000 hold no rarer one
+EVENED = 0.5  # a word is drawn as often as sentences hold it, to this power: the rare ones are what is hard
 LONGEST = 20.0  # seconds of an utterance
 JOINS, PIECES = 3, 30  # rows of two to four recorded prompts, and of one to four pieces, for each prompt
 IN_A_ROW, PIECE_SECONDS = 3, 0.2  # so many pieces of one prompt at most, which last so long at least
@@ -51,7 +54,9 @@ _OTHERS = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo "
     "sierra tango uniform victor whiskey yankee zulu "  # the spelling alphabet
     "ampersand asterisk backslash backtick bracket caret colon comma dash dollar dot equals hash hyphen percent period "
-    "pipe plus pound quote semicolon slash space star tilde underscore"  # characters
+    "pipe plus pound quote semicolon slash space star tilde underscore "  # characters
+    "I'm you're he's she's it's that's we're they're I've you've we've they've I'll you'll we'll they'll "
+    "isn't aren't wasn't doesn't don't didn't can't couldn't won't wouldn't haven't hasn't"
 )
 
 
@@ -62,12 +67,12 @@ class Texts:
     Args:
         prompts: texts of the train split.
         sentences: of common words.
-        words: the commonest.
+        words: these words, and how often each is drawn.
     """
 
     prompts: Sequence[str]
     sentences: Sequence[str]
-    words: Sequence[str]
+    words: Mapping[str, float]
 
     @classmethod
     def load(cls, prompts: Sequence[Record]) -> Texts:
@@ -75,15 +80,19 @@ class Texts:
         texts = [record.reference for record in prompts if _PLAIN.fullmatch(record.reference)]
         sentences = {sentence: normalise(sentence).split() for sentence in wordnet.sentences()}
         counts = Counter(word for said in sentences.values() for word in said)
-        common = {word for word, _ in counts.most_common(COMMON)}
-        plain = [sentence for sentence, said in sentences.items() if common.issuperset(said)]
-        return cls(texts, plain, wordnet.words()[:COMMON])
+        common = {word: count**EVENED for word, count in counts.most_common(COMMON)}
+        plain = [sentence for sentence, said in sentences.items() if common.keys() >= set(said)]
+        return cls(texts, plain, common)
 
     def draw(self, rng: random.Random) -> str:
         """Gives one text of the train split: what test prompts say is not trained on in other voices either."""
         while split_of(text := self._draw(rng)) != "train":
             pass
         return text
+
+    @cached_property
+    def _summed(self) -> list[float]:
+        return list(accumulate(self.words.values()))
 
     def _draw(self, rng: random.Random) -> str:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -96,7 +105,8 @@ class Texts:
             first = rng.randrange(len(words))
             return " ".join(words[first : first + rng.randint(1, 6)])
         if kind == "words":
-            return " ".join(rng.choice(self.words) for _ in range(rng.choice((1, 1, 1, 2, 3, 5, 8))))
+            few = rng.choice((1, 1, 1, 2, 3, 5, 8))
+            return " ".join(rng.choices(list(self.words), cum_weights=self._summed, k=few))
         return _spelled(rng)
 
 
