@@ -62,7 +62,6 @@ BASE = "omni-small:unaligned"
 TOWERS_ONLY = 0.1  # of the whole training
 WARM_UP = 15.0  # seconds until the rates are at their peak, after every start
 SHORT_CLIPS = (0.6, 80.0)  # so long into the training no clip is longer than so many seconds
-HINTED = (0.8, 0.7)  # share of the clips whose tokens are told what they are, at first; so long into the training, none
 CLIP_SHARE = 0.4  # of the steps, once there are clips
 HELD_BACK_HOURS = 1.0  # room for the prompts of the validation split, and rows of them
 LOG_SECONDS, SAVE_SECONDS = 10.0, 150.0
@@ -189,12 +188,11 @@ class Training:
             self.makers.collect()
             batch = self._batch(progress)
             scale = min(1.0, now / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
-            hinted = HINTED[0] * max(0.0, 1 - progress / HINTED[1])
-            for name, loss in self.step(batch, scale, progress < TOWERS_ONLY, hinted).items():
-                sums.setdefault(f"{name}_{'speech' if batch.frames is None else 'clips'}", []).append(loss)
+            for name, loss in self.step(batch, scale, progress < TOWERS_ONLY).items():
+                sums.setdefault(f"{name}_{'speech' if batch.clips is None else 'clips'}", []).append(loss)
             self.count += 1
             done["steps"] += 1
-            done["utterances" if batch.frames is None else "clips"] += len(batch.ids)
+            done["utterances" if batch.clips is None else "clips"] += len(batch.ids)
             done["tokens"] += batch.ids.numel()
 
     def _held_back(self) -> torch.Tensor:

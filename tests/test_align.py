@@ -30,6 +30,7 @@ from audiopress.benchmarks.alignment.clips import ClipBank, ClipMaker, names
 from audiopress.benchmarks.alignment.makers import Makers
 from audiopress.benchmarks.alignment.model import Aligner, Changes, Steps, garbled, name_vectors
 from audiopress.benchmarks.alignment.speech import Prompt, SpeechBank, Texts, draw_pieces
+from audiopress.benchmarks.dense_captions import read_official
 from audiopress.benchmarks.timeline import Options
 from audiopress.data.collator import PATCH_PIXELS, Encoder, OmniCollator
 from audiopress.data.media import read_audio
@@ -114,8 +115,8 @@ def test_sounds_and_frames_become_what_the_encoder_reads(encoder, maker, stamps,
     render(clip, tmp_path / "clip.mp4", size=clips_module.SIZE, fps=clips_module.FPS)
     record = replace(clips_module._record(clip), audio=tmp_path / "clip.mp4", video=tmp_path / "clip.mp4")
     sample = maker.encoder(record)
-    assert made.ids[0] == sample["input_ids"].tolist()
-    assert made.labels[0] == sample["labels"].tolist()
+    assert made.ids[1] == sample["input_ids"].tolist()  # before it comes the list of events
+    assert made.labels[1] == sample["labels"].tolist()
     assert torch.equal(torch.from_numpy(made.times[::2]).float(), sample["video_seconds"])
     wave = made.wave[None].float() / 2**15
     mel = log_mel(wave, encoder.processor.feature_extractor)[0]
@@ -164,7 +165,7 @@ def test_the_loss_of_speech_is_that_of_the_ordinary_path(
 def test_the_loss_of_clips_is_that_of_the_ordinary_path(aligner, thinker, clips):
     batch = clips.batch(random.Random(0), 10**6)
     assert len(batch.ids) == 2
-    pixels, grid = patches(batch.frames)
+    pixels, grid = patches(batch.clips.frames)
     mel = log_mel(batch.waves, aligner.extractor)
     seconds = torch.from_numpy(clips.clips[24][0].times[::2]).float()
     mask = torch.ones_like(batch.ids)
@@ -182,7 +183,7 @@ def test_the_loss_of_clips_is_that_of_the_ordinary_path(aligner, thinker, clips)
         video_seconds=seconds.repeat(2),
     ).loss
     losses = aligner.eval()(batch, towers_only=False)
-    assert set(losses) == {"text", "name", "clock"}
+    assert set(losses) == {"text", "name", "clock", "heard", "seen"}
     torch.testing.assert_close(losses["text"], expected, rtol=1e-4, atol=1e-4)
     assert set(aligner(batch, towers_only=True)) == {"name"}
 
@@ -199,38 +200,50 @@ def test_transcripts_alone_are_garbled(speech, clips):
 def test_clips_know_when_things_are_heard_and_seen(clips, stamps):  # noqa: F811
     batch = clips.batch(random.Random(0), 10**6)
     first, *_ = clips.clips[24]
-    assert {mark.row for mark in batch.marks} == {0, 1}
-    assert {mark.heard for mark in batch.marks} == {True, False}
-    assert all(0 <= m.start < m.end <= (len(batch.audio) if m.heard else 12) for m in batch.marks)
-    assert batch.percent[batch.audio[0]] == 0
-    assert 99 < batch.percent[batch.audio[-1]] < 101
-    for mark in batch.marks:
-        places = batch.audio if mark.heard else batch.video.unflatten(0, (12, -1))
-        began = batch.began[mark.row, places[mark.start : mark.end]]
-        assert (began == batch.percent[places[mark.start]].flatten()[0]).all()
-    assert batch.began.isnan().sum() > batch.began.isfinite().sum()
-    assert len(first.ids) == clips_module.DIALOGUES
-    assert len({tuple(ids) for ids in first.ids}) > 1
+    assert {mark.row for mark in batch.clips.marks} == {0, 1}
+    assert {mark.heard for mark in batch.clips.marks} == {True, False}
+    assert all(0 <= m.start < m.end <= (len(batch.audio) if m.heard else 12) for m in batch.clips.marks)
+    assert batch.clips.percent[batch.audio[0]] == 0
+    assert 99 < batch.clips.percent[batch.audio[-1]] < 101
+    for mark in batch.clips.marks:
+        places = batch.audio if mark.heard else batch.clips.video.unflatten(0, (12, -1))
+        began = batch.clips.began[mark.row, places[mark.start : mark.end]]
+        assert (began == batch.clips.percent[places[mark.start]].flatten()[0]).all()
+    assert batch.clips.began.isnan().sum() > batch.clips.began.isfinite().sum()
+    assert len(first.ids) == 1 + clips_module.DIALOGUES
+    assert len({tuple(ids) for ids in first.ids[1:]}) > 1
 
 
-def test_hints_are_added_where_things_are_heard_and_seen(aligner, clips):
+def test_timestamps_know_what_comes_before_them(clips):
+    """Read off the ids, token by token."""
     batch = clips.batch(random.Random(0), 10**6)
-    pictures = torch.randn(2, len(batch.video), aligner.names.shape[1])
-    seen = [mark for mark in batch.marks if not mark.heard]
-    each = len(batch.video) // 12
-    added = aligner._hint(pictures, seen, each) - pictures
-    for row in range(2):
-        shown = {i: m.name for m in seen if m.row == row for i in range(m.start * each, m.end * each)}
-        for i in range(len(batch.video)):
-            if i not in shown:
-                assert not added[row, i].any()
-                continue
-            assert float(added[row, i].norm()) == pytest.approx(float(pictures[row, i].norm()), rel=1e-4)
-            assert torch.cosine_similarity(added[row, i], aligner.names, dim=1).argmax() == shown[i]
-    assert aligner._hint(pictures, [], each) is pictures
-    aligner.eval()
-    plain, hinted = (float(aligner(batch, False, share)["text"]) for share in (0.0, 1.0))
-    assert plain != hinted
+    sound, picture = clips.token_ids.audio, clips.token_ids.video
+    each = batch.clips.per_group
+    for row, ids in enumerate(batch.ids.tolist()):
+        own = [mark for mark in batch.clips.marks if mark.row == row]
+        heard, seen, ends = -1, -1, []
+        for i, token in enumerate(ids[: int(batch.audio.max())]):
+            heard, seen = heard + (token == sound), seen + (token == picture)
+            if seen >= 0 and token not in (sound, picture) and ids[i + 1] in (sound, picture):
+                for at, place, is_heard in ((heard, 0, True), (seen // each, 1, False)):
+                    want = next((m.name + 1 for m in own if m.heard == is_heard and m.start <= at < m.end), 0)
+                    assert batch.clips.now[row, len(ends), place] == want
+                ends.append(i)
+        assert batch.clips.stamps.tolist() == ends
+    assert len(ends) == 7  # between 8 parts
+    assert (batch.clips.now > 0).any(dim=(0, 1)).all()
+
+
+def test_clips_are_also_listed(maker, clips, encoder, monkeypatch):
+    first, clip = clips.clips[24][0], plan("train", 0, maker.stamps, (24, 24), seed=3)
+    labels = torch.tensor(first.labels[0])
+    text = encoder.processor.tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=True)
+    assert [event.text for event in read_official(text, clip.duration)] == [e.sentence for e in clip.events]
+    lists = [made.ids[0] for made in clips.clips[24]]
+    for share in (0, 1):
+        monkeypatch.setattr(clips_module, "LISTED", share)
+        for ids in clips.batch(random.Random(0), 10**6).ids.tolist():
+            assert any(ids[: len(one)] == one for one in lists) == share
 
 
 def test_makers_of_clips_can_be_sent_to_processes(maker):
@@ -270,11 +283,11 @@ def test_training_learns_both(thinker, aligner, speech, clips):
         for batch in (speech.batch(rng, 500), clips.batch(rng, 2_000)):
             losses = steps(batch, 3.0, towers_only=i < 3)
             for name, loss in losses.items():
-                key = name + ("" if batch.frames is None else "_clips")
+                key = name + ("" if batch.clips is None else "_clips")
                 first.setdefault(key, float(loss))
                 first[f"last {key}"] = float(loss)
     assert set(first) >= {"ctc", "text", "text_clips", "name_clips", "clock_clips"}
-    for key in ("ctc", "text", "text_clips", "clock_clips"):
+    for key in ("ctc", "text", "text_clips", "clock_clips", "heard_clips", "seen_clips"):
         assert first[f"last {key}"] < first[key], key
 
 

@@ -39,8 +39,36 @@ class Mark:
 
 
 @dataclass
+class Clips:
+    """What a batch of clips has and one of utterances lacks; video and frames on the model's device.
+
+    Args:
+        video: where pictures stand in every row, `[Nv]`.
+        frames: `[B, T, 3, H, W]` uint8.
+        marks: what is heard or seen when.
+        percent: how much of the clip is over at each place of a row, `[L]`; NaN in text.
+        began: how much was over when what is heard or seen at a place began, `[B, L]`; NaN where nothing is.
+        stamps: where the timestamps of every row end, `[S]`.
+        now: what is heard and what is seen just before each, `[B, S, 2]`: 0 for nothing, or 1 + the name.
+    """
+
+    video: Tensor
+    frames: Tensor
+    marks: list[Mark]
+    percent: Tensor
+    began: Tensor
+    stamps: Tensor
+    now: Tensor
+
+    @property
+    def per_group(self) -> int:
+        """Tokens of a pair of frames."""
+        return 2 * len(self.video) // self.frames.shape[1]
+
+
+@dataclass
 class Batch:
-    """Rows of one shape; ids, positions, sounds and frames on the model's device, and on the CPU what only losses read.
+    """Rows of one shape; ids, positions and sounds on the model's device, and on the CPU what only losses read.
 
     Args:
         ids: `[B, L]`.
@@ -49,11 +77,7 @@ class Batch:
         audio: where sound stands in every row, `[Na]`.
         waves: `[B, samples]` float32.
         answers: speech: the token ids of what is said, of each row, without the end of the turn.
-        video: clips: where pictures stand in every row, `[Nv]`.
-        frames: clips: `[B, T, 3, H, W]` uint8.
-        marks: clips: what is heard or seen when.
-        percent: clips: how much of the clip is over at each place of a row, `[L]`; NaN in text.
-        began: clips: how much was over when what is heard or seen at a place began, `[B, L]`; NaN where nothing is.
+        clips: None: it is speech.
     """
 
     ids: Tensor
@@ -62,11 +86,7 @@ class Batch:
     audio: Tensor
     waves: Tensor
     answers: list[Tensor] = field(default_factory=list)
-    video: Tensor | None = None
-    frames: Tensor | None = None
-    marks: list[Mark] = field(default_factory=list)
-    percent: Tensor | None = None
-    began: Tensor | None = None
+    clips: Clips | None = None
 
 
 def audio_tokens(samples: int) -> int:

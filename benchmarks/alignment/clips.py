@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiopress.benchmarks.alignment.batch import Batch, Mark, audio_tokens, labels_of, pad_rows
+from audiopress.benchmarks.alignment.batch import Batch, Clips, Mark, audio_tokens, labels_of, pad_rows
 from audiopress.data.collator import Encoder
-from audiopress.data.longvale import format_time
-from audiopress.data.records import Message, Record, assistant, user
+from audiopress.data.longvale import PROMPTS, format_time
+from audiopress.data.records import Record, assistant, user
 from audiopress.data.rendering import pictures, schedule, soundtrack
 from audiopress.data.stamps import Stamp
 from audiopress.data.timeline import Clip, dialogue, plan
@@ -27,8 +27,10 @@ AAC_FRAME = 1024  # samples: the sound of an mp4 is as long as a whole number of
 # Seconds of a clip: one duration for all clips of a batch. The testbed's clips last 30 to 300: all of these, so that
 # none has to be guessed from others, and shorter ones more often, as ever longer ones differ ever less.
 DURATIONS = range(26, 301)
-SPARE = 64  # tokens by which a layout is longer than it must be now; a guess
-DIALOGUES = 4  # of each clip: it is asked about in other words when it comes again; a guess
+# All guesses.
+SPARE = 64  # tokens by which a layout is longer than it must be now
+DIALOGUES = 4  # of each clip with questions: it is asked about in other words when it comes again
+LISTED = 0.4  # of the clips of a batch: all events are to be listed, in LongVALE's words
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class MadeClip:
         pictures: `[K, 3, H, W]` uint8.
         shown: which of them each sampled frame is, `[T]`.
         times: of each sampled frame, in seconds, `[T]`.
-        ids: of each dialogue's tokens.
+        ids: of each dialogue's tokens; the first one lists all events, the others ask about single ones.
         labels: of each dialogue.
         marks: as of row 0.
     """
@@ -85,7 +87,7 @@ class ClipMaker:
             "video_second_per_grid": torch.tensor([2 * clip.duration / len(chosen)]),
         }
         media = self.encoder._media_ids(audio_tokens(len(sound)), sample)
-        asked = [_record(replace(clip, seed=clip.seed + i)) for i in range(DIALOGUES)]
+        asked = [_listing(clip), *(_record(replace(clip, seed=clip.seed + i)) for i in range(DIALOGUES))]
         made = [self.encoder._tokenize(record, record.messages, media, False) for record in asked]
         return MadeClip(
             clip.duration,
@@ -108,12 +110,24 @@ def _record(clip: Clip) -> Record:
     """Gives the dialogue about a clip as `load_dialogues` reads it."""
     entry = dialogue(clip)
     times = {token: format_time(seconds, clip.duration) for token, seconds in entry["meta"]["token"].items()}
-    messages: list[Message] = []
-    for i, turn in enumerate(entry["conversations"]):
-        text = re.sub(r"<[se]\d+>", lambda match: times[match[0]], turn["value"].removeprefix("<video>\n"))
-        messages.append((user, assistant)[i % 2](text))
+    return _dialogue(
+        clip, (re.sub(r"<[se]\d+>", lambda match: times[match[0]], turn["value"]) for turn in entry["conversations"])
+    )
+
+
+def _listing(clip: Clip) -> Record:
+    """Gives LongVALE's dense captioning: every event, in order, with its time."""
+    events = (
+        f"From {format_time(e.start, clip.duration)} to {format_time(e.end, clip.duration)}, {e.sentence}"
+        for e in clip.events
+    )
+    return _dialogue(clip, (PROMPTS["captioning"], "\n".join(events)))
+
+
+def _dialogue(clip: Clip, turns: Iterable[str]) -> Record:
+    messages = tuple((user, assistant)[i % 2](turn.removeprefix("<video>\n")) for i, turn in enumerate(turns))
     file = Path(f"{clip.id}.mp4")
-    return Record(clip.id, tuple(messages), audio=file, video=file, duration=clip.duration)
+    return Record(clip.id, messages, audio=file, video=file, duration=clip.duration)
 
 
 def _marks(clip: Clip, times: np.ndarray, known: Sequence[str]) -> Iterator[Mark]:
@@ -166,32 +180,41 @@ class ClipBank:
         there = self.clips[seconds]
         rows = min(len(there), max(1, tokens // max(map(len, there[0].ids))))
         chosen = rng.sample(there, rows)
-        asked = [rng.randrange(len(clip.ids)) for clip in chosen]
+        asked = [0 if rng.random() < LISTED else rng.randrange(1, len(clip.ids)) for clip in chosen]
         ids = [clip.ids[i] for clip, i in zip(chosen, asked, strict=True)]
         labels = [clip.labels[i] for clip, i in zip(chosen, asked, strict=True)]
         length = max(map(len, ids))
         layout = self._layout(chosen[0], length)
-        audio, video = ((layout.kind[0] == kind.value).nonzero()[:, 0] for kind in (Kind.AUDIO, Kind.VIDEO))
-        percent = 100 * layout.second[0, :length] / seconds
-        marks = [replace(mark, row=row) for row, clip in enumerate(chosen) for mark in clip.marks]
-        began = torch.full((rows, len(percent)), torch.nan)
-        per_group = 2 * len(video) // len(chosen[0].shown)
-        for mark in marks:
-            start, end = (mark.start, mark.end) if mark.heard else (mark.start * per_group, mark.end * per_group)
-            places = (audio if mark.heard else video)[start:end]
-            began[mark.row, places] = percent[places[0]]
         return Batch(
             upload(pad_rows(ids, self.pad), self.device),
             labels_of(labels),
             upload(layout.positions[:, 0, :length], self.device),
-            upload(audio, self.device),
+            upload((layout.kind[0] == Kind.AUDIO.value).nonzero()[:, 0], self.device),
             torch.stack([clip.wave for clip in chosen]).float() / 2**15,
+            clips=self._about(chosen, layout, length),
+        )
+
+    def _about(self, chosen: Sequence[MadeClip], layout: Layout, length: int) -> Clips:
+        """Gives what clips have beside words and sounds, of the first `length` tokens of their layout."""
+        kind = layout.kind[0]
+        audio, video = ((kind == value.value).nonzero()[:, 0] for value in (Kind.AUDIO, Kind.VIDEO))
+        stamp = kind == Kind.TIMESTAMP.value
+        clips = Clips(
             video=upload(video, self.device),
             frames=torch.stack([clip.pictures[upload(clip.shown, self.device)] for clip in chosen]),
-            marks=marks,
-            percent=percent,
-            began=began,
+            marks=[replace(mark, row=row) for row, clip in enumerate(chosen) for mark in clip.marks],
+            percent=100 * layout.second[0, :length] / chosen[0].seconds,
+            began=torch.full((len(chosen), length), torch.nan),
+            stamps=(ends := (stamp[:-1] & ~stamp[1:]).nonzero()[:, 0]),
+            now=torch.zeros(len(chosen), len(ends), 2, dtype=torch.long),
         )
+        for mark in clips.marks:
+            places, each = (audio, 1) if mark.heard else (video, clips.per_group)
+            start, end = mark.start * each, mark.end * each
+            clips.began[mark.row, places[start:end]] = clips.percent[places[start]]
+            last = torch.searchsorted(places, ends) - 1  # token before each timestamp
+            clips.now[mark.row, (start <= last) & (last < end), 0 if mark.heard else 1] = 1 + mark.name
+        return clips
 
     def _layout(self, clip: MadeClip, length: int) -> Layout:
         """Gives the layout of a dialogue of so many tokens or more; that of shorter ones is its beginning.

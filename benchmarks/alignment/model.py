@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
-from audiopress.benchmarks.alignment.batch import Batch, Mark, log_mel, patches
+from audiopress.benchmarks.alignment.batch import Batch, Clips, log_mel, patches
 from audiopress.compression import TokenStream
 from audiopress.kernels.packed import upload
 from audiopress.models import delta, parts
@@ -28,6 +28,8 @@ CTC_WEIGHT = 0.5
 NAME_WEIGHT, NAME_TEMPERATURE = 0.5, 15.0
 CLOCK_WEIGHT, CLOCK_LAYER, CLOCK_WIDTH = 0.3, 1 / 2, 1.0  # the layer as a share of the depth; percent
 CLOCK_PLACES = 2048  # of a batch, at which the clock is read
+NOW_WEIGHT = 0.3
+HEADS = ("ctc", "clock", "now")
 GARBLED = 0.15  # of a transcript's tokens: what the LLM reads as said so far is another one, so that it must listen
 MEL_MASKS = ((2, 12), (2, 25))  # (how many, the widest) of bins and of frames (10 ms), as in SpecAugment (1904.08779)
 
@@ -148,6 +150,7 @@ class Aligner(nn.Module):
         width = names.shape[1]
         self.ctc = CTCAlignment(width).to(names.device)
         self.clock = nn.Linear(width, 200, device=names.device)
+        self.now = nn.Linear(width, 2 * (len(names) + 1), device=names.device)  # heard, seen; the first one is nothing
         self.names = names
         self.middle: list[Tensor] = []
         layer = self.llm.layers[round(CLOCK_LAYER * len(self.llm.layers))]
@@ -158,7 +161,7 @@ class Aligner(nn.Module):
 
     def heads(self) -> dict[str, nn.Parameter]:
         """Gives what is trained beside the model, and dropped afterwards."""
-        return {name: p for part in ("ctc", "clock") for name, p in getattr(self, part).named_parameters(prefix=part)}
+        return {name: p for part in HEADS for name, p in getattr(self, part).named_parameters(prefix=part)}
 
     @torch.no_grad()
     def load_heads(self, tensors: Mapping[str, Tensor]) -> None:
@@ -166,54 +169,52 @@ class Aligner(nn.Module):
         for name, parameter in self.heads().items():
             parameter.copy_(tensors[name])
 
-    def forward(self, batch: Batch, towers_only: bool, hinted: float = 0.0) -> dict[str, Tensor]:
-        """Gives the losses, weighted, by name: the answers' (`text`), and of speech `ctc`, of clips `name` and `clock`.
+    def forward(self, batch: Batch, towers_only: bool) -> dict[str, Tensor]:
+        """Gives the losses, weighted, by name: the answers' (`text`), of speech `ctc`, of clips those below.
+
+        `name` is the towers'; `clock`, `heard` and `seen` are told from the states of a layer in the LLM's middle.
 
         Args:
             batch: of utterances or of clips.
             towers_only: without those that need the LLM.
-            hinted: share of the clips whose tokens the LLM gets with the names of what is heard and seen added: so it
-                can learn to look things up before the towers can name them.
         """
-        sound, pictures = self.encode(batch)
-        rows = len(batch.ids)
-        if batch.frames is None:
+        rows, clips = len(batch.ids), batch.clips
+        sound = self.hear(batch)
+        media = [(batch.audio, sound)]
+        if clips is None:
             losses = {"ctc": CTC_WEIGHT * self._ctc(sound, batch)}
         else:
-            assert pictures is not None
-            losses = {"name": NAME_WEIGHT * self._names(sound, pictures, batch)}
+            media.append((clips.video, pictures := self.see(clips)))
+            losses = {"name": NAME_WEIGHT * self._names(sound, pictures, clips)}
         if towers_only:
             return losses
         ids = garbled(batch, self.thinker.get_input_embeddings().num_embeddings) if self.training else batch.ids
-        if pictures is not None and hinted:
-            chosen = (torch.rand(rows) < hinted).tolist()
-            marks = [mark for mark in batch.marks if chosen[mark.row]]
-            sound = self._hint(sound, [mark for mark in marks if mark.heard])
-            pictures = self._hint(pictures, [mark for mark in marks if not mark.heard], _per_group(pictures, batch))
-        embeds = self.thinker.get_input_embeddings()(ids).index_copy(1, batch.audio, sound)
-        if pictures is not None:
-            embeds = embeds.index_copy(1, batch.video, pictures)
+        embeds = self.thinker.get_input_embeddings()(ids)
+        for places, tokens in media:
+            embeds = embeds.index_copy(1, places, tokens)
         positions = batch.positions[:, None].expand(-1, rows, -1)
         hidden = self.llm(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
         row, at = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         logits = self.thinker.get_output_embeddings()(_at(hidden, row, at))
         losses["text"] = F.cross_entropy(logits.float(), upload(batch.labels[row, at + 1], hidden.device))
-        if batch.percent is not None and batch.began is not None:
-            losses["clock"] = CLOCK_WEIGHT * self._clock(self.middle[0], batch.percent, batch.began)
+        if clips is not None:
+            losses["clock"] = CLOCK_WEIGHT * self._clock(self.middle[0], clips)
+            losses |= {name: NOW_WEIGHT * loss for name, loss in self._now(self.middle[0], clips).items()}
         self.middle = []
         return losses
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Gives the tokens of the sounds `[B, Na, D]` and of the pictures `[B, Nv, D]`."""
+    def hear(self, batch: Batch) -> Tensor:
+        """Gives the tokens of the sounds, `[B, Na, D]`."""
         rows = len(batch.ids)
         mel = log_mel(batch.waves, self.extractor)
         if self.training:
             mel = masked(mel)
         mask = torch.ones(rows, mel.shape[2], dtype=torch.long)
-        sound = encode_audio(self.thinker, mel, mask)[0].embeds.unflatten(0, (rows, -1))
-        if batch.frames is None:
-            return sound, None
-        return sound, encode_video(self.thinker, *patches(batch.frames)).unflatten(0, (rows, -1))
+        return encode_audio(self.thinker, mel, mask)[0].embeds.unflatten(0, (rows, -1))
+
+    def see(self, clips: Clips) -> Tensor:
+        """Gives the tokens of the pictures, `[B, Nv, D]`."""
+        return encode_video(self.thinker, *patches(clips.frames)).unflatten(0, (len(clips.frames), -1))
 
     def _ctc(self, sound: Tensor, batch: Batch) -> Tensor:
         """Gives CTC per token said."""
@@ -222,14 +223,14 @@ class Aligner(nn.Module):
         loss = self.ctc(stream, batch.answers, self.thinker.get_input_embeddings().weight)
         return loss / sum(map(len, batch.answers))
 
-    def _names(self, sound: Tensor, pictures: Tensor, batch: Batch) -> Tensor:
+    def _names(self, sound: Tensor, pictures: Tensor, clips: Clips) -> Tensor:
         """Gives the cross-entropy of what is heard or seen in the time of each mark, by the cosine to its name.
 
         It is told from one token, drawn anew every time: the LLM looks at tokens, not at their mean.
         """
         losses = []
-        for tokens, heard, each in ((sound, True, 1), (pictures, False, _per_group(pictures, batch))):
-            own = [mark for mark in batch.marks if mark.heard == heard]
+        for tokens, heard, each in ((sound, True, 1), (pictures, False, clips.per_group)):
+            own = [mark for mark in clips.marks if mark.heard == heard]
             if not own:
                 continue
             row, start, end, name = torch.tensor([[m.row, m.start * each, m.end * each, m.name] for m in own]).T
@@ -238,27 +239,14 @@ class Aligner(nn.Module):
             losses.append(F.cross_entropy(NAME_TEMPERATURE * told, upload(name, told.device)))
         return torch.stack(losses).mean()
 
-    def _hint(self, tokens: Tensor, marks: Sequence[Mark], each: int = 1) -> Tensor:
-        """Adds to tokens `[B, N, D]` in the time of each mark the direction of its name, as long as they are."""
-        flat, own = tokens.flatten(0, 1), tokens.shape[1]
-        at = [torch.arange(m.start * each, m.end * each) + m.row * own for m in marks]
-        if not at:
-            return tokens
-        name = torch.tensor([m.name for m in marks]).repeat_interleave(torch.tensor([len(one) for one in at]))
-        index = upload(torch.cat(at), tokens.device)
-        names = F.normalize(self.names, dim=1)[upload(name, tokens.device)]
-        hints = names * flat.detach()[index].float().norm(dim=1, keepdim=True)
-        return flat.index_add(0, index, hints.to(flat.dtype)).view_as(tokens)
-
-    def _clock(self, hidden: Tensor, percent: Tensor, began: Tensor) -> Tensor:
+    def _clock(self, hidden: Tensor, clips: Clips) -> Tensor:
         """Gives the cross-entropies of two percents of the clip, told from a layer's states: now, and what began when.
 
         So an answer finds in the last token of what it is asked about both of its times.
         """
-        rows, length, _ = hidden.shape
-        now = percent.expand(rows, length)
+        now = clips.percent.expand(hidden.shape[:2])
         losses = []
-        for times, part in ((now, slice(0, 100)), (began, slice(100, 200))):
+        for times, part in ((now, slice(0, 100)), (clips.began, slice(100, 200))):
             row, at = times.isfinite().nonzero(as_tuple=True)
             chosen = torch.randint(len(row), (min(len(row), CLOCK_PLACES),))
             row, at = row[chosen], at[chosen]
@@ -268,11 +256,17 @@ class Aligner(nn.Module):
             losses.append(F.cross_entropy(self.clock(_at(hidden, row, at).float())[:, part], target))
         return torch.stack(losses).sum()
 
+    def _now(self, hidden: Tensor, clips: Clips) -> dict[str, Tensor]:
+        """Gives the cross-entropies of what is `heard` and `seen` just before each timestamp, told from its state.
 
-def _per_group(pictures: Tensor, batch: Batch) -> int:
-    """Gives the tokens `[B, Nv, D]` of a pair of frames."""
-    assert batch.frames is not None
-    return 2 * pictures.shape[1] // batch.frames.shape[1]
+        An answer alone hardly teaches the LLM to look at pictures; timestamps do so all along a clip, and they say
+        what an answer asks for: what was when.
+        """
+        rows, stamps, _ = clips.now.shape
+        row = torch.arange(rows).repeat_interleave(stamps)
+        told = self.now(_at(hidden, row, clips.stamps.repeat(rows)).float()).unflatten(1, (2, -1))
+        true = upload(clips.now.flatten(0, 1), told.device)
+        return {name: F.cross_entropy(told[:, i], true[:, i]) for i, name in enumerate(("heard", "seen"))}
 
 
 def _at(hidden: Tensor, row: Tensor, at: Tensor) -> Tensor:
@@ -289,7 +283,7 @@ def name_vectors(names: list[str], tokenizer: Any, embedding: Tensor) -> Tensor:
 
 def garbled(batch: Batch, vocabulary: int) -> Tensor:
     """Gives the ids of a batch with some of its transcripts' replaced by any; those of clips as they are."""
-    if batch.frames is not None:
+    if batch.clips is not None:
         return batch.ids
     chosen = (batch.labels != IGNORE) & (torch.rand(batch.labels.shape) < GARBLED)
     return batch.ids.where(~upload(chosen, batch.ids.device, torch.bool), torch.randint_like(batch.ids, vocabulary))
@@ -323,14 +317,13 @@ class Steps:
         fused = self.tensors[0].is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
 
-    def __call__(self, batch: Batch, scale: float, towers_only: bool, hinted: float = 0.0) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, scale: float, towers_only: bool) -> dict[str, Tensor]:
         """Makes a step.
 
         Args:
             batch: to learn from.
             scale: of the rates.
             towers_only: see `Aligner`.
-            hinted: see `Aligner`.
 
         Returns:
             The losses, on the device.
@@ -338,7 +331,7 @@ class Steps:
         for group in self.optimizer.param_groups:
             group["lr"] = scale * group["peak"]
         self.changes.write()
-        losses = self.aligner(batch, towers_only, hinted)
+        losses = self.aligner(batch, towers_only)
         torch.stack(list(losses.values())).sum().backward()
         self.changes.collect()
         torch.nn.utils.clip_grad_norm_(self.tensors, 1.0)
