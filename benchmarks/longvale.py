@@ -39,6 +39,7 @@ from audiopress.data.longvale import Query, load_queries
 from audiopress.data.skips import SkipLog
 from audiopress.models import CompressedOmni, storage
 from audiopress.models.layout import AUDIO_TOKENS_PER_SECOND, Kind
+from audiopress.models.loading import weights_of
 from audiopress.models.packages import FetchError, digest
 
 SETTINGS = "settings.json"
@@ -226,10 +227,9 @@ def settle(args: argparse.Namespace) -> dict[str, Any]:
     """
     encoded = ("time_format", "num_frames", "max_audio_seconds", "timestamps")
     own = ("compressor", "keep_ratio", *encoded, "max_new_tokens")
-    saved = (Path(args.model) / storage.MANIFEST).is_file()
     settings = {
         "model": args.model,
-        "weights": storage.read_manifest(args.model)["sha256"] if saved else None,
+        "weights": weights_of(args.model),
         "annotations": digest(args.annotations),
         "sees_video": args.video_dir is not None,
         "hears_files_of_its_own": args.audio_dir is not None,

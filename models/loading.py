@@ -133,6 +133,23 @@ def is_omni_small(name: str) -> bool:
     return name.partition(":")[0] == OMNI_SMALL
 
 
+def weights_of(name: str) -> str | None:
+    """Gives the sha256 that tells a model's weights from others of its name: a saved variant's, or omni-small's.
+
+    None: of a checkpoint, and of what is only assembled.
+
+    Raises:
+        ValueError: the folder is a damaged variant.
+    """
+    if (Path(name) / storage.MANIFEST).is_file():
+        return str(storage.read_manifest(name)["sha256"])
+    if name == OMNI_SMALL:
+        from .omni_small import ALIGNMENT
+
+        return None if ALIGNMENT is None else ALIGNMENT.sha256
+    return None
+
+
 def has_random_projector(model: CompressedOmni) -> bool:
     """Tells whether the audio projection is random until it is trained."""
     return is_omni_small(model.base) and storage.alignment(model.thinker) is None

@@ -13,7 +13,7 @@ import audiopress
 from audiopress.data.media import read_audio
 from audiopress.data.speech import speech_packages
 from audiopress.models import delta, omni_small, parts, storage
-from audiopress.models.loading import has_random_projector
+from audiopress.models.loading import has_random_projector, weights_of
 from audiopress.models.packages import FetchError, digest, ensure
 from audiopress.models.processor import SPECIAL_TOKENS
 from audiopress.models.whisper_ct2 import read_tensors
@@ -298,6 +298,7 @@ def test_weights_make_omni_small_aligned(built, alignment):
     assert not any("embed_tokens" in name for name in changed)
     assert (storage.alignment(aligned.thinker), storage.alignment(unaligned.thinker)) == (digest(alignment), None)
     assert not has_random_projector(aligned)
+    assert [weights_of(name) for name in ("omni-small", "omni-small:unaligned")] == [digest(alignment), None]
     assert has_random_projector(unaligned)
 
 

@@ -165,7 +165,9 @@ def test_the_command_asks_the_time_benchmark_for_this_row(monkeypatch):
     assert (args.model, args.methods, args.keep_ratios) == (row["model"], [row["method"]], [row["keep_ratio"]])
     assert (args.steps, args.seeds, args.split, args.positions) == (30, [1], "test", "contiguous")
     assert (args.batch, args.lora_r) == (3, 5)
-    saved = shlex.split(point(time_row(weights={"model.safetensors": "aa"}), "", {})["command"])
+    aligned = shlex.split(point(time_row(weights="aa"), "", {})["command"])
+    assert "--methods" in aligned
+    saved = shlex.split(point(time_row(model="runs/ward", weights="aa"), "", {})["command"])
     assert "--methods" not in saved
 
 

@@ -31,6 +31,7 @@ from audiopress.benchmarks.speed.tables import by_setting
 from audiopress.compression import Compressor, build
 from audiopress.compression.base import TOKENS_PER_SECOND
 from audiopress.compression.registry import QWEN_7B
+from audiopress.models.loading import is_omni_small
 
 ALL = "all"  # languages, or kinds of question
 NEAR = 1.3  # a time goes with a point whose share of kept audio tokens differs by this factor at most; a guess
@@ -188,7 +189,7 @@ def _speech(row: Row) -> list[str]:
 def _events(row: Row) -> list[str]:
     """Gives the words of its command, for clips in the folder that README.md names."""
     words = ["benchmarks/events.py", "runs/timeline", *_option(row, "model")]
-    if not row.get("weights"):  # a saved variant has its own method
+    if not row.get("weights") or is_omni_small(row["model"]):  # a saved variant has its own method
         words += _option(row, "method", "methods")
     names = ("positions", "steps", "split", "limit", "num_frames", "timestamps")
     words += [*_option(row, "keep_ratio", "keep-ratios"), *(word for name in names for word in _option(row, name))]

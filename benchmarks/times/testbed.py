@@ -29,7 +29,7 @@ from audiopress.data.timeline import SPLITS, Split
 from audiopress.models import CompressedOmni, storage
 from audiopress.models.asking import answer
 from audiopress.models.layout import Kind
-from audiopress.models.loading import build_for
+from audiopress.models.loading import build_for, weights_of
 from audiopress.models.omni import tokens_left
 from audiopress.models.training import fit
 
@@ -301,12 +301,11 @@ class TimeSettings:
             if not path.is_file():
                 raise ValueError(f"{path} is missing; python benchmarks/timeline.py {self.data} makes clips")
         clips = len(json.loads(annotations.read_text()))
-        weights = storage.read_manifest(self.model)["sha256"] if self.saved else None
         names = ("split", "limit", "num_frames", "timestamps")
         return {
             "testbed": "time",
             "model": self.model,
-            "weights": weights,
+            "weights": weights_of(self.model),
             "data": json.loads(options.read_text()),
             "clips": min(clips, self.limit or clips),
             **{name: getattr(self, name) for name in names},
