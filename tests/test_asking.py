@@ -60,7 +60,7 @@ def test_what_they_begin_with_is_read_once():
         lambda _, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
     answer(model, [group(1, (3, 6, 2))], 2)
-    assert read == [(1, shared), (3, 6), (3, 1)]
+    assert read == [(1, shared), (1, 3 + 6 + 2), (3, 1)]
 
 
 def test_all_end_with_the_last(monkeypatch):

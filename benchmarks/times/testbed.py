@@ -183,7 +183,7 @@ class TimeTestbed:
         """
         answers: dict[str, str] = {}
         samples = self.asked.samples(model.compressor)
-        sizes = [len(clip) * max(self._size(model, sample) for sample in clip) for clip in samples]
+        sizes = [self._size_of_all(model, clip) for clip in samples]
         for batch in self._batches(sizes):
             groups = [self._collate(samples[i]) for i in batch]
             for i, ids in zip(batch, answer(model, groups, longest or max(NEW_TOKENS.values())), strict=True):
@@ -241,6 +241,15 @@ class TimeTestbed:
         audio, video = (int((sample["input_ids"] == token).sum()) for token in (ids.audio, ids.video))
         whole = len(sample["input_ids"])
         return whole - audio - video + tokens_left(model.compressor, None, audio, video) + whole // WAITING
+
+    def _size_of_all(self, model: CompressedOmni, clip: Sequence[Sample]) -> int:
+        """Gives the room that all questions about a clip take: what they begin with is kept once, if it is the same."""
+        most = max(self._size(model, sample) for sample in clip)
+        if model.compressor is not None and model.compressor.query_aware:
+            return len(clip) * most
+        media = torch.tensor([model.token_ids.audio, model.token_ids.video])
+        ids = [sample["input_ids"] for sample in clip]
+        return most + len(clip) * max(len(x) - int(torch.isin(x, media).nonzero()[-1]) for x in ids)
 
     def _batches(self, sizes: Sequence[int]) -> Iterator[list[int]]:
         """Gives batches as indices, what is of nearly one size together, that take no more than the room."""
