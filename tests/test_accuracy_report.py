@@ -201,9 +201,10 @@ def test_bars_are_of_one_rate(tmp_path):
 
 
 def test_captions_tell_where_rows_are_from(tmp_path):
-    rows = [speech_row("ward", 0.5), speech_row("ward", 0.25) | {"commit": "b" * 40, "dirty": True}]
-    told = caption(points_of(rows, tmp_path))
-    assert told == "a machine, torch 2.11.0, transformers 5.17.0, commit aaaaaaa, bbbbbbb with changes"
+    other = {"device": "a GPU", "driver": "580", "torch": "2.15.0", "commit": "b" * 40, "dirty": True}
+    told = caption(points_of([speech_row("ward", 0.5), speech_row("ward", 0.25) | other], tmp_path))
+    machines, versions = "a machine CPU and a GPU", "torch 2.11.0 and 2.15.0, transformers 5.17.0"
+    assert told == f"{machines}, {versions}, commit aaaaaaa, bbbbbbb with changes"
 
 
 def test_the_whole_report(tmp_path):

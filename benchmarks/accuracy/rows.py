@@ -166,10 +166,13 @@ def fronts(points: Sequence[Point], metric: str) -> list[list[Point]]:
 def caption(points: Iterable[Point]) -> str:
     """Says where points are from: machines, versions, commits, clips."""
     rows = [row for point in points for row in point.rows]
-    machines = dict.fromkeys(row["device"] for row in rows)
+    machines = dict.fromkeys(row["device"] + " CPU" * (row["driver"] is None) for row in rows)
     commits = dict.fromkeys(row["commit"][:7] + " with changes" * row["dirty"] for row in rows if row["commit"])
-    versions = ", ".join(f"{name} {rows[-1][name]}" for name in ("torch", "transformers") if rows[-1].get(name))
-    return f"{' and '.join(machines)}, {versions}, commit {', '.join(commits)}"
+    versions = ""
+    for name in ("torch", "transformers"):
+        if own := dict.fromkeys(row[name] for row in rows if row.get(name)):
+            versions += f"{name} {' and '.join(own)}, "
+    return f"{' and '.join(machines)}, {versions}commit {', '.join(commits)}"
 
 
 def asked_options(row: Row) -> Row:
