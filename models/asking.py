@@ -7,8 +7,7 @@ question gives every prompt other tokens, and the common beginning is then short
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from ..compression.checks import deferred_checks
 from . import storage
+from .attention import attention_named
 from .omni import CompressedOmni
 from .rewrite import LLMInputs
 
@@ -97,7 +97,7 @@ def answer(model: CompressedOmni, groups: Sequence[Mapping[str, Any]], max_new_t
     shared = _stacked([one.beginning.bias for one in read], 1, -torch.inf)
     own = _stacked(filled(one.beginning.own for one in read), 1, -torch.inf)
     new, last = torch.cat(filled(one.new for one in read)), torch.cat(filled(one.last for one in read))
-    with model.reading(None) as language_model, _attention(language_model, SHARED):
+    with model.reading(None) as language_model, attention_named(language_model.config, SHARED):
         written = _write(model, language_model, cache, Beginning(states, shared, own), new, last, max_new_tokens)
     return [ids[:n] for ids, n in zip(written.split(max(rows)), rows, strict=True)]
 
@@ -160,7 +160,7 @@ def _read_rests(
     before = (row[:, None] == row).tril()  # row by row, each in its order
     mask = weights[:, at:][there].expand(len(row), -1).masked_fill(~before, -torch.inf)
     mask = torch.cat([weights[:1, :at].expand(len(row), -1), mask], dim=1)
-    with model.reading(None) as language_model, _attention(language_model, "sdpa"):
+    with model.reading(None) as language_model, attention_named(language_model.config, "sdpa"):
         states = language_model(
             inputs_embeds=inputs.embeds[:, at:][there][None],
             attention_mask=mask[None, None].to(inputs.embeds.dtype),
@@ -205,17 +205,6 @@ def _write(
         written.append(new)
         over |= torch.isin(new, ends)
     return torch.stack(written, dim=1)
-
-
-@contextmanager
-def _attention(language_model: nn.Module, name: str) -> Iterator[None]:
-    """Gives an LLM another attention function, while the block runs."""
-    before = language_model.config._attn_implementation
-    language_model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        language_model.config._attn_implementation = before
 
 
 def _attend(

@@ -62,6 +62,17 @@ def enable_key_bias(config: Any) -> None:
 
 
 @contextmanager
+def attention_named(config: Any, name: str) -> Iterator[None]:
+    """Gives a model, by its config, another of transformers' attention functions, while the block runs."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
 def biased_llm(language_model: nn.Module, key_bias: Tensor | None) -> Iterator[None]:
     """Gives `key_bias` to a language model, in prefill and in decoding, while the block runs; see `biased`."""
     token = _bias_of_masks.set(key_bias if language_model.config._attn_implementation in BY_MASK else None)
@@ -179,10 +190,5 @@ def _call(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attend = ALL_ATTENTION_FUNCTIONS[name]
     if "flash" not in name:
         return attend(module, *args, **kwargs)
-    config: Any = module.config
-    enabled = config._attn_implementation
-    config._attn_implementation = name  # flash attention looks its kernels up by it
-    try:
+    with attention_named(module.config, name):  # flash attention looks its kernels up by it
         return attend(module, *args, **kwargs)
-    finally:
-        config._attn_implementation = enabled

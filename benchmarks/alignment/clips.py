@@ -189,16 +189,15 @@ class ClipBank:
             upload(pad_rows(ids, self.pad), self.device),
             labels_of(labels),
             upload(layout.positions[:, 0, :length], self.device),
-            upload((layout.kind[0] == Kind.AUDIO.value).nonzero()[:, 0], self.device),
+            upload(audio := (layout.kind[0] == Kind.AUDIO.value).nonzero()[:, 0], self.device),
             torch.stack([clip.wave for clip in chosen]).float() / 2**15,
-            clips=self._about(chosen, layout, length),
+            clips=self._about(chosen, layout, length, audio),
         )
 
-    def _about(self, chosen: Sequence[MadeClip], layout: Layout, length: int) -> Clips:
-        """Gives what clips have beside words and sounds, of the first `length` tokens of their layout."""
-        kind = layout.kind[0]
-        audio, video = ((kind == value.value).nonzero()[:, 0] for value in (Kind.AUDIO, Kind.VIDEO))
-        stamp = kind == Kind.TIMESTAMP.value
+    def _about(self, chosen: Sequence[MadeClip], layout: Layout, length: int, audio: Tensor) -> Clips:
+        """Gives what clips have beside words and sounds, which stand at `audio` in the `length` tokens of a row."""
+        video = (layout.kind[0] == Kind.VIDEO.value).nonzero()[:, 0]
+        stamp = layout.kind[0] == Kind.TIMESTAMP.value
         clips = Clips(
             video=upload(video, self.device),
             frames=torch.stack([clip.pictures[upload(clip.shown, self.device)] for clip in chosen]),
@@ -208,11 +207,15 @@ class ClipBank:
             stamps=(ends := (stamp[:-1] & ~stamp[1:]).nonzero()[:, 0]),
             now=torch.zeros(len(chosen), len(ends), 2, dtype=torch.long),
         )
+        # Of sound and of pictures: places, the last before each timestamp, and how many of them a mark counts as one.
+        heard, seen = (
+            (places, torch.searchsorted(places, ends) - 1, each)
+            for places, each in ((audio, 1), (video, clips.per_group))
+        )
         for mark in clips.marks:
-            places, each = (audio, 1) if mark.heard else (video, clips.per_group)
+            places, last, each = heard if mark.heard else seen
             start, end = mark.start * each, mark.end * each
             clips.began[mark.row, places[start:end]] = clips.percent[places[start]]
-            last = torch.searchsorted(places, ends) - 1  # token before each timestamp
             clips.now[mark.row, (start <= last) & (last < end), 0 if mark.heard else 1] = 1 + mark.name
         return clips
 
