@@ -434,7 +434,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--train takes auto, none, {', '.join(TRAINABLE)}, got {', '.join(sorted(unknown))}")
     if len(model_args.train) > 1 and {"auto", "none"} & set(model_args.train):
         raise ValueError(f"--train auto and --train none stand alone, got {' '.join(model_args.train)}")
-    if Path(model_args.model, storage.MANIFEST).is_file():
+    if storage.is_saved(model_args.model):
         raise ValueError(f"--model {model_args.model} is a saved variant: give its base model, or --resume a run")
     skips = SkipLog(data_args.strict)
     folder = Path(args.output_dir)

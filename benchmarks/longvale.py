@@ -201,7 +201,7 @@ def check(args: argparse.Namespace) -> tuple[int, int]:
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     check_count("--timestamps", args.timestamps, least=0)
-    saved = (Path(args.model) / storage.MANIFEST).is_file()
+    saved = storage.is_saved(args.model)
     if args.compressor is None:
         if args.keep_ratio is not None and not saved:
             raise ValueError("--keep-ratio goes with --compressor, or with a saved variant")

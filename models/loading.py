@@ -54,7 +54,7 @@ def load(
     name, base = os.fspath(name), None if base is None else os.fspath(base)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weight_dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    saved = (Path(name) / storage.MANIFEST).is_file()
+    saved = storage.is_saved(name)
     if saved and (compressor is not None or options.keys() - {"keep_ratio"}):
         raise ValueError(f"{name} is a saved variant with its own compressor; give none, or another keep_ratio alone")
     if not saved and not isinstance(compressor, str) and options:
@@ -141,7 +141,7 @@ def weights_of(name: str) -> str | None:
     Raises:
         ValueError: the folder is a damaged variant.
     """
-    if (Path(name) / storage.MANIFEST).is_file():
+    if storage.is_saved(name):
         return str(storage.read_manifest(name)["sha256"])
     if name == OMNI_SMALL:
         from .omni_small import ALIGNMENT

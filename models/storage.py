@@ -30,6 +30,11 @@ def eos_ids(thinker: nn.Module) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
+def is_saved(name: str | os.PathLike[str]) -> bool:
+    """Tells whether a model's name is the directory of a saved variant."""
+    return (Path(name) / MANIFEST).is_file()
+
+
 def alignment(thinker: nn.Module) -> str | None:
     """Gives the sha256 of what omni-small was aligned by; None for an unaligned one and for every other model."""
     return getattr(thinker.config, "alignment", None)

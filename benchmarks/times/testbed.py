@@ -334,7 +334,7 @@ class TimeSettings:
     @property
     def saved(self) -> bool:
         """Whether the model is a saved variant."""
-        return (Path(self.model) / storage.MANIFEST).is_file()
+        return storage.is_saved(self.model)
 
     def open(self, workers: int, device: torch.device) -> TimeTestbed:
         """Opens the model and the clips.
